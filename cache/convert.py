@@ -43,6 +43,7 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
 from configs import UserError, command, load, parse
 from configs.console import Meter, bytes_text, check_room
+from configs.text import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,7 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
         nbytes = sum(len(found) * spec.row_bytes(array) for array, found in positions.items())
         total = sum(map(source.rows, ARRAYS))
         size = bytes_text(nbytes)
-        print(f"space    {spec.name}: {rows:,} of {total:,} rows to convert ({size})", flush=True)
+        say(f"space    {spec.name}: {rows:,} of {total:,} rows to convert ({size})", flush=True)
         if options.plan:
             return []
         check_room(root.path, nbytes + rows * ROW_OVERHEAD, f"the space {spec.name}")
@@ -219,7 +220,7 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
             damaged += copy_rows(source, space, array, found, change=change, done=meter.add)
         meter.close()
         save_index(space.paths, space.info)
-    print(f"converted {source.paths.name}: {rows - len(damaged):,} rows")
+    say(f"converted {source.paths.name}: {rows - len(damaged):,} rows")
     return damaged
 
 
@@ -231,7 +232,7 @@ def main() -> int:
     with disk_errors(root.path):
         damaged = convert(root, source, options)
     if damaged:
-        print(damage_text(damaged))
+        say(damage_text(damaged))
     return 1 if damaged else 0
 
 

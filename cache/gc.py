@@ -43,6 +43,7 @@ from cache.store.samples import dataset_names
 from cache.store.space import Space
 from configs import UserError, command, nearest, parse
 from configs.console import bytes_text
+from configs.text import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +90,21 @@ def run(options: Options) -> None:
             freed = _collect(root, spaces, options)
     verb = "freed" if options.delete else "would be freed"
     way = "" if options.delete or not freed else "; do it: the same command with --delete"
-    print(f"{verb}: {bytes_text(freed)}{way}")
+    say(f"{verb}: {bytes_text(freed)}{way}")
 
 
 def _remove_strangers(root: CacheRoot, found: Sequence[Garbage], *, delete: bool) -> None:
     """List or remove links and special files. No job makes any, so this needs no lock."""
     with disk_errors(root.path):
         for stranger in found:
-            print(f"{stranger.path}: {stranger.what}")
+            say(f"{stranger.path}: {stranger.what}")
             if delete:
                 remove(stranger, root)
     count = f"{len(found):,} links and special files"
     if delete:
-        print(f"removed: {count}; the same command again looks for everything else")
+        say(f"removed: {count}; the same command again looks for everything else")
     else:
-        print(f"would be removed: {count}; do it: the same command with --delete")
+        say(f"would be removed: {count}; do it: the same command with --delete")
 
 
 def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) -> int:
@@ -118,12 +119,12 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
         found.append(_damaged(root))
     freed = 0
     for garbage in found:
-        print(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
+        say(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
         if options.delete:
             remove(garbage, root)
         freed += garbage.nbytes
     for rows in unreferenced:
-        print(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
+        say(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
         if options.unreferenced:
             if options.delete:
                 remove_unreferenced(rows)
@@ -135,7 +136,7 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
                 space.grow(array)
             save_index(paths, space.info)  # removing rows removed the index file
     if not options.damaged and root.damaged_dir.is_dir():
-        print(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
+        say(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
     return freed
 
 
@@ -184,7 +185,7 @@ def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
         )
     paths = root.space(name)
     nbytes = tree_bytes(paths.root, root.path)
-    print(f"{paths.root}: {bytes_text(nbytes)}")
+    say(f"{paths.root}: {bytes_text(nbytes)}")
     with contextlib.suppress(CorruptError):  # a damaged cache may say nothing but its size
         _print_users(root, name)
     if delete:
@@ -200,11 +201,11 @@ def _print_users(root: CacheRoot, name: str) -> None:
     for summary in summaries:
         if summary.name == name:
             rows = ", ".join(f"{count:,} {array} rows" for array, count in summary.rows.items())
-            print(f"  {summary.damage or rows}")
+            say(f"  {summary.damage or rows}")
     for dataset in summarise_datasets(root, readers):
         if name in dataset.coverage:
             best = max((c for n, c in dataset.coverage.items() if n != name), default=0.0)
-            print(
+            say(
                 f"  {dataset.name}: {dataset.coverage[name]:.1%} of {dataset.samples:,} samples; "
                 f"without it {best:.1%}, in another space"
             )

@@ -10,7 +10,6 @@ A space covers a sample when it has features of all the sample's media. It cover
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from cache.store.paths import CacheRoot
 from configs import UserError, command, load, parse
 from configs.command_line import command_text
 from configs.console import bytes_text, counts_text, table_text
+from configs.text import json_text, lines_text, quoted
 
 LEGEND = (
     "pass: bytes of features that one pass over the data set reads\n"
@@ -89,7 +89,7 @@ def main() -> None:
             _needs_text(datasets),
         )
         text = "\n\n".join(filter(None, tables))
-    print(json.dumps(values, indent=2) if options.json else text)
+    print(json_text(values, 2) if options.json else text)
 
 
 def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
@@ -111,10 +111,10 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
         for space in spaces
         if not space.damage
     ]
-    lines = [table_text(header, rows, right="images frames size")]
+    lines = table_text(header, rows, right="images frames size").split("\n")
     lines += [f"{space.name}: being written by {space.writer}" for space in spaces if space.writer]
     lines += [f"{space.name}: DAMAGED: {space.damage}" for space in spaces if space.damage]
-    return "\n".join(lines)
+    return lines_text(lines)
 
 
 def _errors_text(spaces: list[SpaceSummary]) -> str:
@@ -138,22 +138,22 @@ def _datasets_text(datasets: list[DatasetSummary], features: str) -> str:
         return "no data sets"
     header = ("data set", "samples", "media", "failed")
     rows = [(d.name, f"{d.samples:,}", f"{d.media:,}", f"{d.failed:,}") for d in datasets]
-    text = table_text(header, rows, right="samples media failed")
+    lines = table_text(header, rows, right="samples media failed").split("\n")
     for dataset in datasets:
         if dataset.mismatched:
-            text += (
-                f"\n{dataset.name}: samples whose source has another sha256 than they state: "
+            lines.append(
+                f"{dataset.name}: samples whose source has another sha256 than they state: "
                 f"{dataset.mismatched:,}"
             )
-    text += "".join(f"\n{dataset.said}" for dataset in datasets if dataset.said)
+    lines += [dataset.said for dataset in datasets if dataset.said]
     for dataset in datasets:
         if dataset.notes:
-            text += f"\n{dataset.name}: used with a note: {counts_text(dataset.notes)}"
+            lines.append(f"{dataset.name}: used with a note: {counts_text(dataset.notes)}")
     if any(dataset.failed for dataset in datasets):
-        text += f"\nwhy media failed: {_list_command('--failures', features)}"
+        lines.append(f"why media failed: {_list_command('--failures', features)}")
     if any(dataset.notes for dataset in datasets):
-        text += f"\nwhich media have notes: {_list_command('--notes', features)}"
-    return text
+        lines.append(f"which media have notes: {_list_command('--notes', features)}")
+    return lines_text(lines)
 
 
 def _list_command(option: str, features: str) -> str:
@@ -179,8 +179,9 @@ def _needs_text(datasets: list[DatasetSummary]) -> str:
     if not rows:
         return ""
     commands = [need.command for d in datasets for need in d.needs.values() if need.command]
-    lines = [table_text(header, rows, right="covered pass missing add"), LEGEND]
-    return "\n".join([*lines, *(f"complete: {command}" for command in dict.fromkeys(commands))])
+    lines = table_text(header, rows, right="covered pass missing add").split("\n")
+    complete = (f"complete: {command}" for command in dict.fromkeys(commands))
+    return lines_text([*lines, *LEGEND.split("\n"), *complete])
 
 
 def _failures_text(failures: list[Failures]) -> str:
@@ -197,7 +198,7 @@ def _failures_text(failures: list[Failures]) -> str:
         lines += _source_lines(group.sources)
     commands = dict.fromkeys(group.command for group in failures if group.command)
     lines += ["", *(f"try them again: {command}" for command in commands)]
-    return "\n".join(lines)
+    return lines_text(lines)
 
 
 def _notes_text(notes: list[Notes]) -> str:
@@ -208,14 +209,13 @@ def _notes_text(notes: list[Notes]) -> str:
         dataset = group.dataset or "no data set"
         lines += [f"{len(group.sources):,} in {dataset}: {group.note}"]
         lines += [*_source_lines(group.sources), ""]
-    return "\n".join(lines[:-1])
+    return lines_text(lines[:-1])
 
 
 def _source_lines(sources: list[str]) -> list[str]:
     """Return the first sources, one a line, and the number of the others."""
     # A name may hold a line break, or not be UTF-8.
-    shown = [source if source.isprintable() else repr(source) for source in sources[:SHOWN]]
-    lines = [f"    {source}" for source in shown]
+    lines = [f"    {quoted(source)}" for source in sources[:SHOWN]]
     if len(sources) > SHOWN:
         lines.append(f"    and {len(sources) - SHOWN:,} more (all: --json)")
     return lines

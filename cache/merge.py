@@ -49,6 +49,7 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
 from configs import UserError, command, parse
 from configs.console import Meter, bytes_text, check_room
+from configs.text import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         lines = [f"space    {space.text()}" for space in spaces]
         lines += [f"media    {media.text()}"]
         lines += [f"samples  {one.dataset}: {one.what}" for one in samples]
-        print("\n".join(lines), flush=True)
+        say(*lines, flush=True)
         if options.plan:
             return 0
         nbytes = sum(space.nbytes for space in spaces)
@@ -187,10 +188,12 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         copy_samples(root, other, samples)
     remember(root, remembered(other))  # of media that this machine encoded there
     if damaged:
-        print(damage_text(damaged))
+        say(damage_text(damaged))
     rows = sum(space.rows for space in spaces) - len(damaged)
-    print(f"merged {other.path}: {rows:,} rows, {len(media.table):,} media, ", end="")
-    print(f"{sum(one.copies for one in samples)} data sets")
+    copied = (
+        f"{rows:,} rows, {len(media.table):,} media, {sum(s.copies for s in samples)} data sets"
+    )
+    say(f"merged {other.path}: {copied}")
     return len(damaged)
 
 

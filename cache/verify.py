@@ -16,7 +16,6 @@ while a job writes to it.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from cache.store.samples import dataset_names
 from cache.store.space import find_space, read_info
 from configs import command, load, parse
 from configs.console import Meter, bytes_text
+from configs.text import json_text, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main() -> int:
 
     def tell(line: str) -> None:
         meter.close()
-        print(f"REPAIR: {line}", file=sys.stderr if options.json else sys.stdout, flush=True)
+        say(f"REPAIR: {line}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
     done = None
     if options.repair:
@@ -75,9 +75,9 @@ def main() -> int:
         values = {"broken": report.broken, **asdict(report)}
         if done is not None:
             values["repaired"] = asdict(done)
-        print(json.dumps(values, indent=2, default=sorted))  # sets become lists
+        print(json_text(values, 2, default=sorted))  # sets become lists
     else:
-        print("\n".join([*_report_lines(report), *(_repair_lines(done, root) if done else [])]))
+        say(*_report_lines(report), *(_repair_lines(done, root) if done else []))
     print(meter.total_text(), file=sys.stderr)
     return 1 if report.broken else 0
 

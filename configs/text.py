@@ -1,6 +1,7 @@
 """Text from outside on a terminal: names, captions, answers and messages that a stranger may have chosen.
 
     visible("photo\\x1b]0;x\\x07.jpg")       # the same text with backslashes: it acts on no terminal
+    say(f"merged {name}")                   # prints one line, whatever is in the name
     quoted("a\\nb.jpg")                      # 'a\\nb.jpg' in one line; a plain name has no quotes
     configs.one_line(error)                 # spaces for line breaks, and at most 160 characters
 
@@ -88,6 +89,16 @@ def quoted(name: str) -> str:
     """Return a name for a message: as it is, or in quotes and with escapes where it needs any."""
     shown = visible(name)
     return shown if shown == name else f"'{shown}'"
+
+
+def lines_text(lines: Iterable[object]) -> str:
+    """Return lines as one text, each as `visible` returns it."""
+    return "\n".join(map(visible, lines))
+
+
+def say(*lines: object, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print each argument in one line, as `visible` returns it."""
+    print(lines_text(lines), file=file, flush=flush)
 
 
 def json_text(values: Any, indent: int | None = None, **options: Any) -> str:

@@ -22,7 +22,7 @@ from cache.store.references import means_other_bytes
 from cache.store.samples import MediaRef, Sample
 from cache.store.space import Present
 from encode.download.urls import is_url
-from encode.worker.local_files import Identifier
+from encode.worker.local_files import Identifier, why_no_file
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
@@ -157,7 +157,7 @@ def make_plan(
             else:
                 task = make_task(source, mention, record)
                 blank = MediaRecord(source=source, kind=mention.kind)
-                why = Failure("fetch", "no such file")
+                why = Failure("fetch", why_no_file(source))
                 gone = Outcome(task=task, record=blank, result="failed", failure=why)
                 missing.append(gone.failed_record())
             continue

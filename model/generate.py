@@ -40,6 +40,7 @@ from cache.format.gate import read_regular
 from cache.format.media_marks import MARK
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
+from configs.text import KEPT, say, visible
 from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print one answer."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    print(generate(options))
+    print(visible(generate(options), keep=KEPT))
     return 0
 
 
@@ -188,7 +189,7 @@ def generate(options: Options) -> str:
 def _tell(path: Path, note: str | None) -> None:
     """Print to standard error what is wrong with a file that is used nevertheless."""
     if note is not None:
-        print(f"{path}: {note}", file=sys.stderr)
+        say(f"{path}: {note}", file=sys.stderr)
 
 
 def order_media(options: Options, media: Sequence[Tensor | Video]) -> list[Tensor | Video]:

@@ -32,6 +32,7 @@ from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine, merge
 from configs.signals import Interrupts, orderly_sigterm
+from configs.text import say
 from model.io.saved_model import save_final
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
@@ -89,7 +90,7 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
         command = dataclasses.replace(command, words=tuple(merge(began_with, words)))
     folder, options = run_folder.check_folder(options, command)
     if group.broadcast(lambda: run_folder.is_finished(folder)) and not options.inspect:
-        print(f"{folder}: stage {options.stage} is finished; nothing to do")
+        say(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
     run_folder.read_facts(folder)  # a damaged run.json is an error before anything is loaded
     device = group.device(options.device)
@@ -165,7 +166,7 @@ def train_stage(
                     write_card(folder, options, reader, data.train, used, origin)
                     meta = setup.model_meta(options, reader) | {"step": step}
                     save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
-    print(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
+    say(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
     return 0
 
 
@@ -207,7 +208,7 @@ def train(
     done = saved = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = saved = checkpoint.load(newest, vlm, optimizer)["step"]
-        print(f"resuming after step {done}: {newest}")
+        say(f"resuming after step {done}: {newest}")
     used = data.schedule.trees.samples
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     group.require_equal(lambda: starting_facts(options, data, forward, done))
@@ -391,19 +392,19 @@ def describe(
 ) -> None:
     """Print what is trained, on what, and where."""
     precision = "float32" if forward.autocast is None else "bfloat16"
-    print(f"run       {folder}: stage {options.stage}, {options.max_steps} steps")
+    say(f"run       {folder}: stage {options.stage}, {options.max_steps} steps")
     frames = f", {n:,} frames of videos" if (n := reader.rows("frame")) else ""
-    print(f"space     {reader.path.name}: {reader.rows('image'):,} images{frames}")
+    say(f"space     {reader.path.name}: {reader.rows('image'):,} images{frames}")
     for line in data.train.describe().splitlines():
-        print(f"data      {line}")
-    print(f"schedule  {options.samples_per_step} samples per step; {data.schedule.describe()}")
-    print(f"trees     {data.schedule.trees.describe()}")
+        say(f"data      {line}")
+    say(f"schedule  {options.samples_per_step} samples per step; {data.schedule.describe()}")
+    say(f"trees     {data.schedule.trees.describe()}")
     for name, (learns, total) in parameter_counts(forward.vlm).items():
         state = "trained" if learns else "frozen"
-        print(f"model     {name} {state}: {learns:,} of {total:,} parameters")
-    print(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
+        say(f"model     {name} {state}: {learns:,} of {total:,} parameters")
+    say(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
     if group.world_size > 1:
-        print(f"processes {group.world_size}, each with its share of every step")
+        say(f"processes {group.world_size}, each with its share of every step")
 
 
 if __name__ == "__main__":

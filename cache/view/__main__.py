@@ -23,6 +23,7 @@ from cache.view.collect import gather
 from cache.view.sections import render
 from configs import UserError, command, parse
 from configs.console import bytes_text
+from configs.text import say
 
 PROG = "python -m cache.view"
 
@@ -74,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = render(found).encode(errors="replace")  # text from JSON may hold half a surrogate pair
     write_atomic(options.out, page)
     if found.not_opened:
-        print(found.not_opened)
-    print(f"{options.out}: {len(found.shown)} images and videos, {bytes_text(len(page))}")
+        say(found.not_opened)
+    say(f"{options.out}: {len(found.shown)} images and videos, {bytes_text(len(page))}")
     return 0
 
 

@@ -32,6 +32,7 @@ from cache.store.references import edges_of, find_rows, number_media, read_refer
 from cache.store.samples import Sample, dataset_names, read_samples
 from cache.store.space import find_space
 from configs import UserError
+from configs.text import say
 from encode.check.media import CheckConfig, LoadedMedia, MediaLoader
 from model.attention.batch import PackedBatch
 from model.io.saved_model import find_run, load_final
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = compare(options)
     agree = result.difference <= TOLERANCE
     for why, count in result.skipped.items():
-        print(f"left out {count:,} media: {why}")
+        say(f"left out {count:,} media: {why}")
     print(
         f"{result.samples} samples: {result.same_rows} of {result.rows} rows are equal to the bit; "
         f"loss before the codec's rounding {result.unrounded:.6f}\n"

@@ -13,6 +13,7 @@ import torch
 
 from cache.format.spec import FeatureSpec
 from configs.console import bytes_text, table_text
+from configs.text import lines_text
 
 SHOWN = 5
 """Number of differing rows that are printed."""
@@ -113,7 +114,8 @@ class CheckReport:
             else f"{len(self.differing):,} of {self.rows:,} rows differ by more than {self.spec.codec} "
             f"loses; {self.verify} checks whether their bytes are intact"
         )
-        return "\n".join([*lines, "", self._table()] if self.rows else lines)
+        text = lines_text(lines)
+        return f"{text}\n\n{self._table()}" if self.rows else text
 
     def _table(self) -> str:
         """Return the loss of the new features in every codec, as a table."""

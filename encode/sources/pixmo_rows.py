@@ -53,6 +53,9 @@ class Unusable:
     """Why, as a phrase equal for all rows with that problem."""
 
 
+MAX_URL = 32_768
+"""Characters of a URL, at most. No server that is known takes longer ones."""
+
 Reader = Callable[[Row, Size | None], Iterator[Conversation | Unusable]]
 """Reads a row of one data set; the second argument is the size of its image, if known."""
 
@@ -62,6 +65,8 @@ def image(row: Row) -> MediaRef:
     url = _text(row, "image_url", strip=False)
     if not url.startswith(("http://", "https://")) or not url.isprintable():
         raise BadRowError("image_url is not an http(s) URL")
+    if len(url) > MAX_URL:
+        raise BadRowError(f"image_url has more than {MAX_URL:,} characters")
     if row.get("image_sha256") is None:
         return MediaRef(source=url)
     sha256 = _text(row, "image_sha256").lower()

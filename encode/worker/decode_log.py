@@ -22,8 +22,9 @@ from cache.store.files import create_file, make_folder, remove_file
 from cache.store.paths import SpacePaths
 
 SUFFIX = ".decoding"
-SLOT_BYTES = 8192  # Linux allows paths of 4096 bytes
-MAX_SLOTS = 4096
+SLOT_BYTES = 256 << 10
+"""Bytes between two slots: more than the longest URL or path takes. The file is sparse."""
+MAX_SLOTS = 1024
 """Threads of a worker, at most, as far as its log is read."""
 UPDATE_EVERY_S = 1.0
 """Seconds between two updates of a decode that makes progress."""
@@ -89,7 +90,7 @@ class DecodeLog:
                 written_at = time.time()
                 entry = asdict(DecodeEntry(source=source, key=key, since=written_at))
                 text = json.dumps(entry, ensure_ascii=False)
-                self._write(slot, text.encode()[:SLOT_BYTES])
+                self._write(slot, text.encode())
 
         try:
             progress()
@@ -99,8 +100,9 @@ class DecodeLog:
             self._free.put(slot)
 
     def _write(self, slot: int, text: bytes) -> None:
-        # Blanks overwrite the rest of a longer entry. In an empty slot, one blank byte is enough.
-        os.pwrite(self._fd, text.ljust(SLOT_BYTES if text else 1), slot * SLOT_BYTES)
+        # The line break ends the entry, also before the rest of a longer one. JSON writes it as an escape.
+        if len(text) < SLOT_BYTES:
+            os.pwrite(self._fd, text + b"\n", slot * SLOT_BYTES)
 
     def close(self) -> None:
         """Remove the log. No thread may be decoding."""
@@ -123,5 +125,6 @@ def read_entries(path: Path, root: Path | None = None) -> list[DecodeEntry]:
     for at in range(0, len(data), SLOT_BYTES):
         # A slot that is being written may be torn: the next read will find it complete.
         with contextlib.suppress(CorruptError):
-            entries.append(decode(data[at : at + SLOT_BYTES], DecodeEntry, path))
+            entry = data[at : at + SLOT_BYTES].partition(b"\n")[0]
+            entries.append(decode(entry, DecodeEntry, path))
     return entries

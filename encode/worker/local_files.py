@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from cache.errors import EmbeddedMediaError
 from cache.format.embedded.names import container_of, is_embedded, read_embedded
+from cache.format.gate import what_is
 from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
 from model.media.images import BadMediaError, image_size
@@ -40,6 +41,9 @@ COARSE_TICK_S = 2.0
 
 TRIES = 3
 """A file that changes during this many reads has failed."""
+
+
+NO_FILE = "no such file"
 
 
 class Identity(NamedTuple):
@@ -86,6 +90,15 @@ def identify(source: str) -> Identity | None:
     except (OSError, ValueError):
         return None
     return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def why_no_file(source: str) -> str:
+    """Return in words why `identify` found no file: there is none, or there is something else."""
+    path = container_of(source) if is_embedded(source) else source
+    try:
+        return what_is(os.stat(path).st_mode) or NO_FILE  # noqa: PTH116
+    except (OSError, ValueError):
+        return "link to no file" if os.path.islink(path) else NO_FILE  # noqa: PTH114
 
 
 class Identifier:
@@ -139,10 +152,11 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
                     trusted = before if wait_s >= 0 else before._replace(inode=0)
                     record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
                     return data, trusted.stamp(record)
-    except FileNotFoundError:
-        raise BadMediaError("no such file", "fetch") from None
     except (OSError, ValueError) as error:
-        raise BadMediaError(getattr(error, "strerror", None) or str(error), "fetch") from error
+        why = why_no_file(task.source)
+        if why == NO_FILE and not isinstance(error, FileNotFoundError):
+            why = getattr(error, "strerror", None) or str(error)
+        raise BadMediaError(why, "fetch") from error
     raise BadMediaError("the file changes while it is read", "fetch")
 
 
@@ -202,7 +216,7 @@ def _refuse_video(file: FileIO) -> None:
 
 def _regular(status: os.stat_result, most: int) -> Identity:
     if not stat.S_ISREG(status.st_mode):
-        raise BadMediaError("not a regular file", "fetch")
+        raise BadMediaError(what_is(status.st_mode), "fetch")
     if status.st_size > most:
         raise BadMediaError(f"{status.st_size} bytes, more than {most}", "fetch")
     return Identity.of(status)

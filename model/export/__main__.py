@@ -31,6 +31,7 @@ import configs
 from cache.format.spec import FeatureSpec
 from configs import UserError
 from configs.console import bytes_text
+from configs.text import say
 from model.export.card import find_card, frames_note, model_card, own_class_note
 from model.export.compare import Comparison, MismatchError, answers_of, compare, sample_questions
 from model.export.folder import WEIGHTS, check_exportable, write_folder
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         export(options)
     except MismatchError as error:
-        print(
+        say(
             f"error: not exported, because the folder is not the trained model: {error}",
             file=sys.stderr,
         )
@@ -109,9 +110,9 @@ def export(options: Options) -> Comparison:
     if options.gguf:
         check_gguf(spec)
     card = find_card(source)
-    print(f"model     {source}: stage {meta['stage']}, step {meta['step']:,}")
+    say(f"model     {source}: stage {meta['stage']}, step {meta['step']:,}")
     if note := frames_note(spec, card):
-        print(f"videos    {note}")
+        say(f"videos    {note}")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
         folder = Path(place) / out.name
@@ -120,10 +121,10 @@ def export(options: Options) -> Comparison:
         if out.is_dir():
             out.rmdir()
         folder.rename(out)
-    print(f"exported  {out}: {bytes_text(_size(out))}; its README.md says how to load it")
+    say(f"exported  {out}: {bytes_text(_size(out))}; its README.md says how to load it")
     if options.push is not None:
         url = push(out, options.push, public=options.public)
-        print(f"pushed    {url} ({'public' if options.public else 'private'})")
+        say(f"pushed    {url} ({'public' if options.public else 'private'})")
     return found
 
 
@@ -144,22 +145,22 @@ def _write_compared(
         weights=options.weights,
     )
     tower = export_tower(encoder)
-    print(f"tower     {_tower_text(spec, tower)}")
+    say(f"tower     {_tower_text(spec, tower)}")
     own_class = own_class_note(spec, tower)
     if own_class:
-        print(f"class     {own_class}")
+        say(f"class     {own_class}")
     vlm, tokenizer, _ = load_final(source)
     write_folder(folder, vlm, tokenizer, tower, spec)
-    print(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
+    say(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
     pair = _write_pair(folder, name, vlm, tokenizer, tower, spec, options) if options.gguf else ""
     questions = sample_questions()
-    print(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
+    say(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
     expected = answers_of(vlm, tokenizer, encoder, spec.codec, questions)
     del vlm, encoder  # before the same weights are loaded once more
     template = attached(tokenizer)
     as_text = template is not None and template.content == "text"
     found = compare(folder, questions, expected, own_code=bool(own_class), as_text=as_text)
-    print(
+    say(
         f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
         f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"
     )
@@ -180,11 +181,11 @@ def _write_pair(
     """Write the files for llama.cpp; return the name of that of the language model."""
     files = write_gguf(folder, name, vlm, tokenizer, tower, spec, kind=options.gguf_type)
     sizes = [f"{file.name} ({bytes_text(file.stat().st_size)})" for file in files]
-    print(f"gguf      {' and '.join(sizes)}, read back equal")
+    say(f"gguf      {' and '.join(sizes)}, read back equal")
     if note := tower_note(tower):
-        print(f"llama.cpp {note}")
+        say(f"llama.cpp {note}")
     if note := image_note(spec):
-        print(f"images    {note}")
+        say(f"images    {note}")
     return files[0].name
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from configs.text import lines_text
 from train.data.loader import MicroBatch
 from train.data.message_trees import MessageTrees
 from train.data.packing import TreeLayout
@@ -42,7 +43,7 @@ def inspect_text(micro: MicroBatch, tokenizer: Any, trees: MessageTrees) -> str:
         "«...» is supervised, «0.2: ...» with that weight; samples see what is shared above them; "
         "a sample's last word is only predicted, never read"
     )
-    return "\n".join(lines)
+    return lines_text(lines)
 
 
 def _tree_lines(number: int, tree: TreeLayout, render: _Renderer) -> list[str]:

@@ -15,7 +15,6 @@ also added to the run's card.json, which `model.export` prints.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import Split
+from configs.text import json_text
 from model.inference import answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     result = evaluate(options)
     summary = {k: v for k, v in asdict(result).items() if k != "answers"}
-    print(json.dumps(summary) if options.json else table(result))
+    print(json_text(summary) if options.json else table(result))
     return 0
 
 

@@ -16,6 +16,7 @@ from cache.errors import command_line
 from cache.store.files import write_atomic
 from configs import UserError
 from configs.console import table_text
+from configs.text import visible
 from model.io.run_files import read_json
 from train.evaluate.intervals import Interval
 from train.evaluate.metrics import CAPTIONS
@@ -123,7 +124,7 @@ def table(result: Evaluation) -> str:
     rows.append(("loss", f"{result.samples:,}", "nats a token", *shown, ""))
     head = f"{result.run} stage {result.stage} step {result.step}, {result.split} split, space {result.space}"
     columns = ("", "questions", "metric", "score", "blind", "difference")
-    return f"{head}\n{table_text(columns, rows, right='questions')}"
+    return f"{visible(head)}\n{table_text(columns, rows, right='questions')}"
 
 
 def cells(score: Score) -> tuple[str, str, str]:

@@ -31,6 +31,7 @@ from cache.view import page
 from cache.view.charts import Line, bar, finite, line_chart, smoothed
 from configs import MOST_YAML
 from configs.console import bytes_text, duration_text
+from configs.text import say
 from model.io.run_files import read_bytes
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
@@ -95,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = html.encode(errors="replace")  # text from JSON may hold half a surrogate pair
     write_atomic(output, data)
     if local.note():
-        print(local.note())
-    print(f"{output}: {bytes_text(len(data))}")
+        say(local.note())
+    say(f"{output}: {bytes_text(len(data))}")
     return 0
 
 

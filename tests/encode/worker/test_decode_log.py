@@ -17,7 +17,7 @@ from encode.worker.decode_log import DecodeLog, clear_decode_log, decode_log_fil
 def test_an_entry_exists_while_its_block_runs(tmp_path: Path) -> None:
     paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
     log = DecodeLog(decode_log_file(paths, 3), threads=2)
-    long = "/" + "ä" * 2000 + '"\\\n.png'
+    long = "https://a.test/" + "ä" * 32_000 + '"\\\n.png'  # of more than 64 kB
     with log.decoding(long, "ab"):
         with log.decoding("/short.png", "cd"):
             found = read_entries(decode_log_file(paths, 3))

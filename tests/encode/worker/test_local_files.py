@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -157,12 +158,21 @@ def test_other_things_than_files_fail_without_waiting(
 ) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "dangling.png").symlink_to("nowhere.png")
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind("socket.png")
+    listening.close()
     (tmp_path / "big.png").write_bytes(b"12345")
     (tmp_path / "film.png").write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isommp41")
     monkeypatch.setattr(local_files, "MAX_BYTES", 4)
     expected = {
-        "pipe.png": "not a regular file",
-        "folder.png": "Is a directory",
+        "pipe.png": "a FIFO, not a file",
+        "socket.png": "a socket, not a file",
+        "device.png": "a device, not a file",
+        "dangling.png": "link to no file",
+        "folder.png": "a folder, not a file",
         "gone.png": "no such file",
         "big.png": "5 bytes, more than 4",
         "film.png": "an MP4 video, not an image; list it as a video in the data set",
