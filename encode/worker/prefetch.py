@@ -25,14 +25,16 @@ from cache.format.frame_sampling import FULL, sample_times, time_view
 from cache.store.ledger import MediaRecord
 from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
+from encode.worker.decode_budget import DecodeBudget
 from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
 from encode.worker.local_files import check_unchanged, read_local, size_in_header, unreadable
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask, media_id
-from model.media.images import BadMediaError, DecodedImage, Failure
+from model.media.images import BadMediaError, DecodedImage, Failure, decoding_bytes
 from model.media.video import frames
 from model.media.video_index import probe
+from model.media.video_open import open_video
 
 READ_GROUP = 16
 """Sources that are read, and then reserved with one call to the driver, at a time."""
@@ -42,6 +44,10 @@ FRAME_BATCHES = 3
 
 KNOWN_SIZES = 100_000
 """Decoded images whose sizes are remembered, so that their duplicates need no decoder."""
+
+VIDEO_BYTES_A_PIXEL = 60
+"""Memory of decoding a video for each pixel of its frame: 16 frames that a decoder keeps, those that its
+threads work on, and the copies that become an image."""
 
 POLL_S = 0.5
 """Seconds between two looks at whether the prefetcher was closed."""
@@ -105,6 +111,7 @@ class Prefetcher:
         self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
         self._sizes: dict[str, tuple[int, int]] = {}  # by key
         self._threads = config.threads
+        self._budget = DecodeBudget()
         self._current: _Inputs | None = None
         self._open = True
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
@@ -216,19 +223,32 @@ class Prefetcher:
             self._ready.put(item)
             return
         inputs = _Inputs(self._frames_ahead)
-        self._decoders.submit(self._decode, item, inputs)
+        self._decoders.submit(self._decode, item, inputs, self._budget.turn())
         self._ready.put(inputs)
 
     # ---- decoding
 
-    def _decode(self, item: MediaItem, inputs: _Inputs) -> None:
-        """Put the encoder inputs of `item` into `inputs`, then, whatever happens, `item` itself."""
+    def _decode(self, item: MediaItem, inputs: _Inputs, turn: int) -> None:
+        """Put the encoder inputs of `item` into `inputs`, then, whatever happens, `item` itself.
+
+        A thread that waits for memory is not in the log: it does not hang.
+        """
         start = time.perf_counter()
         decode = self._decode_image if item.task.kind == "image" else self._decode_video
+        log, nbytes = self._decode_log.decoding, 0
         try:
             if self._open:
-                with self._decode_log.decoding(item.task.source, item.key) as progress:
-                    decode(item, inputs, progress)
+                with log(item.task.source, item.key):
+                    nbytes = _needed(item)
+        except Exception:  # decoding reports what is wrong
+            nbytes = 0
+        try:
+            waited = time.perf_counter()
+            with self._budget.room(turn, nbytes, lambda: self._open):
+                item.decode_s -= time.perf_counter() - waited
+                if self._open:
+                    with log(item.task.source, item.key) as progress:
+                        decode(item, inputs, progress)
         except BadMediaError as error:
             item.failure = error.failure
         except Exception as error:  # not the media's: it counts against the failure budget
@@ -245,6 +265,7 @@ class Prefetcher:
             decoded = self._worker.decode(item.data)
             size, pixels = decoded.image.size, self._worker.prepare(decoded.image)
             item.record = replace(item.record, note=decoded.note)
+            del decoded  # the encoder may be slow
             only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)
             item.decode_s -= self._put(inputs, only, progress)
         item.record = replace(item.record, width=size[0], height=size[1])
@@ -291,3 +312,12 @@ class Prefetcher:
             except queue.Full:
                 progress()
         return time.perf_counter() - start
+
+
+def _needed(item: MediaItem) -> int:
+    """Return the memory that decoding an item takes, bytes, estimated from its header."""
+    if item.task.kind == "video":
+        with open_video(item.data) as video:
+            return video.stream.width * video.stream.height * VIDEO_BYTES_A_PIXEL
+    assert isinstance(item.data, bytes), "images are read whole"
+    return decoding_bytes(item.data) if item.result == "ok" else 0

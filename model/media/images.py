@@ -22,7 +22,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,10 +39,20 @@ from model.media.png_chunks import SIGNATURE, pixel_chunks
 MAX_PIXELS = 89_478_485
 """Larger images are refused from their header.
 
-PIL's own limit. Peak memory of decoding one image of this size, in GB: 8-bit grey 0.45; RGB, 16-bit RGB and
-CMYK 0.72; 16-bit grey 1.1; 8- or 16-bit RGBA 1.8 (Pillow 13.0, PNG and JPEG, 2026-11-25). The result is
+PIL's own limit. Peak memory of decoding and padding one image of this size, in GB: PNG of every mode, TIFF,
+GIF, BMP and JPEG 0.73; progressive JPEG 0.9, in CMYK 1.1; WebP 1.5 (Pillow 13.0, 2026-11-26). The result is
 0.36 GB.
 """
+
+STRIP_PIXELS = 1 << 18
+"""Pixels of a strip, where an image is converted strip by strip."""
+
+_BYTES_A_PIXEL = {"JPEG": 12, "WEBP": 20, "AVIF": 20, "HEIF": 20}
+"""Memory of decoding and fitting an image of a format, at its peak; `OTHER_BYTES_A_PIXEL` of the others."""
+
+OTHER_BYTES_A_PIXEL = 9
+CUT_BYTES_A_PIXEL = 24
+"""Of a JPEG that lacks its end, which is decoded several times."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """PIL's names of the formats that are read. HEIC is read too if the package pillow-heif is installed.
@@ -181,6 +191,19 @@ def image_size(data: bytes) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
+def decoding_bytes(data: bytes) -> int:
+    """Return the memory that decoding and fitting an image takes, bytes, estimated from its header.
+
+    Raises:
+        BadMediaError: the header cannot be read, or the image is larger than `MAX_PIXELS`.
+    """
+    with _as_bad_media(data), _open(data) as image:
+        each = _BYTES_A_PIXEL.get(image.format or "", OTHER_BYTES_A_PIXEL)
+        if image.format == "JPEG" and find_cut(data) is not None:
+            each = CUT_BYTES_A_PIXEL
+        return image.width * image.height * each + len(data)
+
+
 @contextmanager
 def _as_bad_media(data: bytes) -> Iterator[None]:
     """Turn every error of a decoder into a BadMediaError."""
@@ -204,7 +227,8 @@ def _decode(data: bytes) -> Image.Image:
         # After load: PNG may store EXIF behind the pixels, and PIL turns a TIFF while it loads.
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        image.close()  # leaving the block closes its file alone; its pixels would stay until the end
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _stored_pixels(data: bytes) -> Image.Image:
@@ -324,11 +348,23 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _grey_from_wide(image)
+    if image.mode == "F":
+        raise BadMediaError("floating-point pixels, which do not define white")
+    if image.mode.startswith("I"):
+        return _by_strips(image, _grey_from_wide)
     if image.has_transparency_data:
-        return on_white(image.convert("RGBA"))
+        return _by_strips(image, lambda strip: on_white(strip.convert("RGBA")))
     return image.convert("RGB")
+
+
+def _by_strips(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image pixel by pixel, some rows at a time: `to_rgb` needs memory for several copies."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(to_rgb(strip), (0, top))
+    return rgb
 
 
 def on_white(rgba: Image.Image) -> Image.Image:
@@ -339,8 +375,6 @@ def on_white(rgba: Image.Image) -> Image.Image:
 
 def _grey_from_wide(image: Image.Image) -> Image.Image:
     """Scale grey pixels of more than 8 bits to 8 bits: 65535 is white."""
-    if image.mode == "F":
-        raise BadMediaError("floating-point pixels, which do not define white")
     grey = np.asarray(image)
     if grey.min() < 0 or grey.max() > 65535:
         raise BadMediaError("32-bit pixels beyond 0..65535, which do not define white")
