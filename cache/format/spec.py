@@ -107,9 +107,10 @@ class FeatureSpec:
     """Format of a shard: `zarr` (of a Zarr v3 array) or `webdataset` (a tar)."""
 
     def __post_init__(self) -> None:
-        if not (NAME.fullmatch(str(self.encoder)) and len(self.encoder) <= MAX_ENCODER):
+        name: object = self.encoder  # it may be from a file
+        if not (isinstance(name, str) and NAME.fullmatch(name) and len(name) <= MAX_ENCODER):
             raise ValueError(
-                f"encoder {str(self.encoder)[:MAX_ENCODER]!r}: a name has letters, digits, '.', '_' and '-', "
+                f"encoder {str(name)[:MAX_ENCODER]!r}: a name has letters, digits, '.', '_' and '-', "
                 f"begins with a letter or digit, has no '..', and takes at most {MAX_ENCODER} characters"
             )
         for name, choices in (("codec", CODECS), ("fit", FITS), ("container", CONTAINERS)):

@@ -161,7 +161,8 @@ def test_a_job_saves_an_index_of_a_large_space(
     assert not paths.index_dir.exists(), "one commit is read as fast"
     monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_file, "new_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+        full = OSError(28, "full")
+        patch.setattr(index_file, "new_file", lambda _, **__: (_ for _ in ()).throw(full))
         with pytest.raises(OSError, match="full"):
             index_file.save_index(paths, read_info(paths))
         assert run(photos) == 0, "a job does not fail for lack of an index"

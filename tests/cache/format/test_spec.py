@@ -105,3 +105,33 @@ def test_row_sizes_are_the_documented_ones() -> None:
 def test_invalid_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         dataclasses.replace(SPEC, **change)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "/x",
+        "a/b",
+        "a..b",
+        ".x",
+        "-x",
+        "a b",
+        "a\n",
+        "\x1b[2J",
+        "é",
+        "a" * 101,
+        3,
+    ],
+    ids=ascii,
+)
+def test_the_name_of_an_encoder_can_name_a_folder(name: str) -> None:
+    values = {**SPEC.to_json(), "encoder": name}
+    with pytest.raises(ValueError, match=r"^encoder '[^\n]*at most 100 characters$") as caught:
+        FeatureSpec.from_json(values)
+    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+    for fine in ("a", "clip-vit-l14-336", "hf-Qwen2.5_x.y", "a" * 100):
+        assert FeatureSpec.from_json({**values, "encoder": fine}).name.startswith(f"{fine}-")

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache.errors import CorruptError
 from encode.download.media_store import MediaStore
 
 
@@ -110,3 +111,23 @@ def test_killed_writers_leave_complete_files_or_none(tmp_path: Path) -> None:
     whole = [Path(name).name for name in files(tmp_path) if not name.endswith(".partial")]
     assert len(whole) >= 15
     assert all(store.get(name) is not None for name in whole)
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_links_among_kept_media_are_not_followed(tmp_path: Path, place: str) -> None:
+    data, kept, outside = b"photograph", tmp_path / "kept", tmp_path / "outside"
+    key = key_of(data)
+    (kept / key[:2]).mkdir(parents=True)
+    outside.mkdir()
+    (outside / "old.partial").write_bytes(b"half")
+    os.utime(outside / "old.partial", (1, 1))
+    if place == "folder":
+        (kept / key[:2]).rmdir()
+        (kept / key[:2]).symlink_to(outside)
+    else:
+        (kept / key[:2] / key).symlink_to(outside / "new")
+    store = MediaStore(kept)
+    assert store.get(key) is None
+    with pytest.raises(CorruptError, match="a link, refused"):
+        store.put(key, data)
+    assert files(outside) == ["old.partial"]
