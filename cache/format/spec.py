@@ -115,7 +115,7 @@ class FeatureSpec:
             )
         for name, choices in (("codec", CODECS), ("fit", FITS), ("container", CONTAINERS)):
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} {value!r} is none of {', '.join(choices)}")
+                raise ValueError(f"{name} {str(value)[:40]!r} is none of {', '.join(choices)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -188,7 +188,9 @@ class FeatureSpec:
         known = {f.name for f in dataclasses.fields(FeatureSpec)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"unknown keys {', '.join(unknown)}: written by a newer version?")
+            raise ValueError(
+                f"unknown keys {', '.join(unknown)[:200]!s}: written by a newer version?"
+            )
         missing = sorted(
             f.name
             for f in dataclasses.fields(FeatureSpec)

@@ -300,15 +300,33 @@ def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
             yield note(path, "was never finished", removal_advice(path))
             continue
         try:
-            if path.parent == root.media_dir:
-                check_part(path, root)
-            elif is_dataset_name(name := path.parent.name) and path == root.samples(name):
-                check_samples(root, name)
-            else:
+            if not check_table(path, root):
                 yield note(path, "is no file of ours", "no command reads it: move it away")
         except (CorruptError, OSError) as error:
             yield damage(error, path)
         progress(path.stat().st_size)
+
+
+def check_table(path: Path, root: CacheRoot) -> bool:
+    """Check every value in a file of samples or media records, which may have been set aside.
+
+    Returns:
+        False if it is neither, by its name.
+
+    Raises:
+        CorruptError: it is damaged, or not what this program writes.
+    """
+    parts = path.relative_to(root.path).parts
+    match parts[1:] if parts[0] == root.damaged_dir.name else parts:
+        case [root.media_dir.name, _]:
+            check_part(path, root)
+        case [root.samples_dir.name, name, file] if is_dataset_name(name):
+            if file != root.samples(name).name:
+                return False
+            check_samples(path, root)
+        case _:
+            return False
+    return True
 
 
 def check_commits(

@@ -255,7 +255,8 @@ def codec_errors(reader: FeatureReader) -> dict[str, ErrorSummary]:
     for array, index in reader.index.items():
         if len(index):
             errors = index.columns.errors
-            median, p99 = np.percentile(errors, (50, 99)).tolist()
+            with np.errstate(invalid="ignore", over="ignore"):  # of Inf; cache.verify reports it
+                median, p99 = np.percentile(errors, (50, 99)).tolist()
             mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
             found[array] = ErrorSummary(mean=mean, median=median, p99=p99, largest=largest)
     return found

@@ -182,8 +182,8 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
                 origin = replace(origin, said=said)
             write_samples(root, one.dataset, samples, origin)
         elif one.take == "theirs":
-            check_samples(other, one.dataset)  # all of it, before it becomes a file of ours
             path = other.samples(one.dataset)
+            check_samples(path, other)  # all of it, before it becomes a file of ours
             target = root.samples(one.dataset)
             with open_file(path, other.path) as source, new_file(target, root=root.path) as file:
                 shutil.copyfileobj(source, file)

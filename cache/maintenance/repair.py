@@ -35,6 +35,7 @@ from cache.maintenance.checks import (
     check_commits,
     check_shard,
     check_space,
+    check_table,
     check_tables,
 )
 from cache.maintenance.compaction import (
@@ -116,7 +117,7 @@ class Repair:
                 continue
             self._tell(path, finding.what, f"set aside in {self._root.damaged_dir}")
             place = self._aside(path)
-            if _intact(place) and not path.exists():  # a job replaced it a moment ago
+            if _intact(place, self._root) and not path.exists():  # a job replaced it a moment ago
                 move(place, path, self._root.path)
             elif path.is_relative_to(self._root.media_dir):
                 self.done.media = True
@@ -251,9 +252,8 @@ class Repair:
                 self._tell(path, why[str(path)], "written again")
 
 
-def _intact(path: Path) -> bool:
+def _intact(path: Path, root: CacheRoot) -> bool:
     try:
-        check_seal_file(path)
+        return check_table(path, root)
     except CorruptError:
         return False
-    return True

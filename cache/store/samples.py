@@ -310,8 +310,14 @@ def _metadata(path: Path, root: CacheRoot) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _open_samples(root: CacheRoot, dataset: str) -> Iterator[pq.ParquetFile]:
-    """Open the file of a data set, after checking its seal, its columns and what it takes in memory."""
-    path = _samples_file(root, dataset)
+    """Open the file of a data set; see `_open_file`."""
+    with _open_file(_samples_file(root, dataset), root, dataset) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _open_file(path: Path, root: CacheRoot, dataset: str) -> Iterator[pq.ParquetFile]:
+    """Open a file of samples, after checking its seal, its columns and what it takes in memory."""
     data = map_sealed(path, root.path)
     with parquet_errors(path):
         names = column_names(data)
@@ -333,14 +339,13 @@ def _open_samples(root: CacheRoot, dataset: str) -> Iterator[pq.ParquetFile]:
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def check_samples(root: CacheRoot, dataset: str) -> None:
-    """Check every value of a data set.
+def check_samples(path: Path, root: CacheRoot) -> None:
+    """Check every value in a file of samples, whose folder has the name of the data set.
 
     Raises:
-        NotFoundError: there is no such data set.
-        CorruptError: its file is damaged, or not what this program writes.
+        CorruptError: it is damaged, or not what this program writes.
     """
-    with _open_samples(root, dataset) as file:
+    with _open_file(path, root, path.parent.name) as file:
         for group in range(file.num_row_groups):
             _checked(file, file.read_row_group(group))
 

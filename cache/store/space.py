@@ -280,7 +280,7 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
     except ValueError as error:
         if "written by a newer version" in str(error):
             raise CacheError(f"{paths.space_json}: {error}") from None
-        raise CorruptError(paths.space_json, str(error)) from None
+        raise CorruptError(paths.space_json, str(error)[:300]) from None
 
 
 # ---- what a space has, one media item at a time
