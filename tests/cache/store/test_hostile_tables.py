@@ -330,7 +330,7 @@ def test_commits_are_typed_and_ranged(root: CacheRoot) -> None:
             changed |= {} if new is None else {name: new}
             commit_with(root, table, changed)
             assert use(root, "reader"), (name, new)
-    for replaces in ("-1", "x", "1  2", "9" * 9, " ".join(["1"] * 200_000), "\n"):
+    for replaces in ("-1", "x", "1  2", "9" * 9, " ".join(["1"] * 600_000), "\n"):
         commit_with(root, table, {**meta, "replaces": replaces})
         assert use(root, "reader"), replaces[:20]
 
