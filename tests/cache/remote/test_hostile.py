@@ -66,7 +66,7 @@ def test_more_than_the_disk_has_is_refused_before_anything_is_copied(tmp_path: P
     (there / LISTING).write_bytes(sealed_json({"format": 1, "files": files}))
     with (
         WebServer(there) as server,
-        in_time(),
+        in_time(20),
         pytest.raises(DiskError, match=r"need .* GB, .* free"),
     ):
         here(server.url, tmp_path).copy_tables()
@@ -117,7 +117,7 @@ def test_a_table_that_cannot_be_had_is_one_line(
     server.acts["/spaces"] = TROUBLES[kind]
     for piece in (mirror.PIECE_BYTES, 100):  # small tables side by side; and large ones in pieces
         monkeypatch.setattr(mirror, "PIECE_BYTES", piece)
-        with in_time(), pytest.raises(UnreachableError) as error:
+        with in_time(20), pytest.raises(UnreachableError) as error:
             here(server.url, tmp_path).copy_tables()
         text = str(error.value)
         assert "\n" not in text and text.isprintable() and text.startswith(f"{server.url}/spaces/")
@@ -130,7 +130,7 @@ def test_one_bad_piece_of_many_ends_the_others(
     monkeypatch.setattr(mirror, "PIECE_BYTES", 100)
     server.acts["/spaces"] = first(1, answers(404))
     server.latency_s = 0.02
-    with in_time(), pytest.raises(UnreachableError, match="404 Not Found"):
+    with in_time(20), pytest.raises(UnreachableError, match="404 Not Found"):
         here(server.url, tmp_path).copy_tables()
 
 
@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mirror.os, "pwrite", full)
-    with in_time(), pytest.raises(DiskError, match="disk full"):
+    with in_time(20), pytest.raises(DiskError, match="disk full"):
         here(server.url, tmp_path).copy_tables()
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -159,14 +159,14 @@ def test_odd_local_files_are_copied_again(
     space.symlink_to(outside)
     copied.write_text("[" * 10**5)
     (root.path / "spaces" / "x.partial").write_bytes(b"left by a kill")
-    with in_time():
+    with in_time(20):
         here(server.url, tmp_path).copy_tables()
     assert outside.read_bytes() == b"mine" and not space.is_symlink()
     assert not list(root.path.rglob("*.partial"))
     for odd in (space, copied):
         odd.unlink()
         os.mkfifo(odd)
-    with in_time():
+    with in_time(20):
         assert here(server.url, tmp_path).open_reader(None).rows("image") == 3 * SLOTS
 
 

@@ -52,7 +52,7 @@ LISTINGS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", LISTINGS)
 def test_a_listing_of_another_form_is_refused(kind: str) -> None:
-    with in_time(), pytest.raises(CacheError) as error:
+    with in_time(20), pytest.raises(CacheError) as error:
         read_listing(LISTINGS[kind](), "https://h/x")
     text = str(error.value)
     assert text.startswith("https://h/x/listing.json: ") and "\n" not in text and len(text) < 400

@@ -75,10 +75,10 @@ def drip(kind: str, status: bytes) -> Callable[[], Iterator[bytes]]:
 
 @pytest.mark.parametrize("kind", DRIPS)
 def test_an_answer_that_drips_ends_in_time(kind: str, tmp_path: Path) -> None:
-    with RawServer(drip(kind, OK)) as server, in_time(), pytest.raises(CacheError) as error:
+    with RawServer(drip(kind, OK)) as server, in_time(20), pytest.raises(CacheError) as error:
         RemoteCache(server.url, RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
-    with RawServer(drip(kind, PART)) as server, in_time(), pytest.raises(RequestError) as failure:
+    with RawServer(drip(kind, PART)) as server, in_time(20), pytest.raises(RequestError) as failure:
         HttpStore(server.url, POLICY).read("spaces/x", 0, memoryview(bytearray(1000)), 1000)
     assert len(failure.value.reason) < 200
 
@@ -89,7 +89,7 @@ def test_an_answer_without_end_is_not_received_without_end(kind: str) -> None:
     before, piece = drip(kind, OK)().__next__(), DRIPS[kind][1]
     many = piece * max(1, 4096 // len(piece))
     policy = RetryPolicy(request_s=20, give_up_after_s=0)
-    with RawServer(lambda: forever(before, many), pause_s=0) as server, in_time():
+    with RawServer(lambda: forever(before, many), pause_s=0) as server, in_time(20):
         try:
             HttpStore(server.url, policy).read_file(LISTING, 1000)
         except RequestError as error:
@@ -98,7 +98,7 @@ def test_an_answer_without_end_is_not_received_without_end(kind: str) -> None:
 
 
 def test_a_silent_server_ends_in_time(tmp_path: Path) -> None:
-    with RawServer(lambda: iter([b"", *[b""] * 10**6])) as server, in_time():
+    with RawServer(lambda: iter([b"", *[b""] * 10**6])) as server, in_time(20):
         for url in (server.url, server.url.replace("http:", "https:")):  # no TLS handshake either
             with pytest.raises(CacheError, match=r"no byte for too|no connection in|too slow"):
                 RemoteCache(url, RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
@@ -106,7 +106,7 @@ def test_a_silent_server_ends_in_time(tmp_path: Path) -> None:
 
 def test_a_tls_handshake_that_drips_ends_in_time(tmp_path: Path) -> None:
     record = b"\x16\x03\x03\x40\x00"  # the head of a record of 16 KiB
-    with RawServer(lambda: forever(record, b"\x02")) as server, in_time():
+    with RawServer(lambda: forever(record, b"\x02")) as server, in_time(20):
         url = server.url.replace("http:", "https:")
         with pytest.raises(CacheError, match=r"no connection in time|too slow"):
             RemoteCache(url, RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
@@ -147,7 +147,7 @@ def test_a_name_lookup_without_end_ends_in_time(
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    with in_time(), pytest.raises(CacheError, match="too slow"):
+    with in_time(20), pytest.raises(CacheError, match="too slow"):
         RemoteCache("https://a.test/b", RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
     ended.set()
 
@@ -157,7 +157,7 @@ def test_a_name_lookup_without_end_ends_in_time(
 def test_other_clients_end_in_time(
     scheme: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RawServer(drip(kind, OK)) as server, in_time(memory=4 << 30):
+    with RawServer(drip(kind, OK)) as server, in_time(20, memory=4 << 30):
         for name, value in environment(server.url).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -218,7 +218,7 @@ def test_one_ctrl_c_ends_a_command(where: str, tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             started = time.monotonic()
             _, said = process.communicate(timeout=20)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 8  # a second, on an idle machine
     assert process.returncode == 130, said
     assert said.endswith("interrupted\n") and "Traceback" not in said
     assert not list((tmp_path).rglob("*.partial"))
