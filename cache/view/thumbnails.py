@@ -111,12 +111,14 @@ def _decode(data: bytes, side: int) -> Image.Image:
             "RGB", (side, side)
         )  # JPEG decodes at 1/2, 1/4 or 1/8 of its size for less work
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16-bit grey: 65535 is white
-            grey = np.asarray(upright).astype(np.float64) / 257
-            upright = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-        if upright.has_transparency_data:
-            upright = upright.convert("RGBA")
-            paper = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(paper, upright)
-        return upright.convert("RGB")
+        # In place, in whole numbers and on one sheet of paper: a copy of 89 million pixels is 358 MB.
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16-bit grey: 65535 is white
+            grey = np.asarray(image) // 257
+            return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.has_transparency_data:
+            seen = image if image.mode == "RGBA" else image.convert("RGBA")
+            paper = Image.new("RGB", seen.size, "white")
+            paper.paste(seen, mask=seen)
+            return paper
+        return image.convert("RGB")

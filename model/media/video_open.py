@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from cache.format.gate import check_regular
 from configs import one_line
 from model.media.images import MAX_REASON, BadMediaError, check_size
 from model.media.kinds import HEAD_BYTES, Recognised, recognise
@@ -94,6 +95,8 @@ def open_video(data: bytes | Path) -> Iterator[OpenVideo]:
             without pixels or above `MAX_FRAME_PIXELS`.
     """
     try:
+        if isinstance(data, Path):
+            check_regular(data)
         file = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb", buffering=0)
     except OSError as error:
         raise BadMediaError(f"cannot be read: {error.strerror}", "fetch") from None
