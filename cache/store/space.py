@@ -122,7 +122,7 @@ class Space:
                 f"{self.paths.shard_dir(array, number - 1)}: no shard can have a higher number; copy the "
                 "rows to a new cache: "
                 + command_line(
-                    "cache.merge", "--source", self.paths.cache_root, "--features", "NEW"
+                    "cache.merge", "--source", self.paths.cache_root, "--features", "DIR"
                 )
             )
         return number
