@@ -118,12 +118,11 @@ class Space:
         used = [*self.paths.committed(array), *self.paths.started(array)]
         number = max(used, default=-1) + 1
         if number > MAX_SHARD:
+            root = self.paths.cache_root
             raise CacheError(
                 f"{self.paths.shard_dir(array, number - 1)}: no shard can have a higher number; copy the "
                 "rows to a new cache: "
-                + command_line(
-                    "cache.merge", "--source", self.paths.cache_root, "--features", "DIR"
-                )
+                + command_line("cache.merge", "--source", root, "--features", f"{root}-new")
             )
         return number
 
