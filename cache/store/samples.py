@@ -251,11 +251,35 @@ def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
     with _open_samples(root, dataset) as file:
         for group in range(file.num_row_groups):
             table = _checked(file, file.read_row_group(group))
-            for batch in table.to_batches(max_chunksize=ROW_GROUP):
-                for row in batch.to_pylist():
-                    messages = tuple(Message(**message) for message in row.pop("messages"))
-                    media = tuple(MediaRef(**ref) for ref in row.pop("media"))
-                    yield Sample(messages=messages, media=media, **row)
+            yield from _samples(table)
+
+
+def samples_at(root: CacheRoot, dataset: str, numbers: npt.NDArray[np.int64]) -> Iterator[Sample]:
+    """Yield the samples with these numbers, (n,) ascending. Only row groups that have one are read.
+
+    Raises:
+        NotFoundError: there is no such data set.
+        CorruptError: its file is damaged, or has fewer samples.
+    """
+    with _open_samples(root, dataset) as file:
+        start = found = 0
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            here = numbers[(numbers >= start) & (numbers < stop)] - start
+            if len(here):
+                yield from _samples(_checked(file, file.read_row_group(group)).take(pa.array(here)))
+            start, found = stop, found + len(here)
+        if found < len(numbers):
+            raise ValueError(f"{start:,} samples, so none has number {numbers[-1]:,}")
+
+
+def _samples(table: pa.Table) -> Iterator[Sample]:
+    """Yield the samples of a checked table."""
+    for batch in table.to_batches(max_chunksize=ROW_GROUP):
+        for row in batch.to_pylist():
+            messages = tuple(Message(**message) for message in row.pop("messages"))
+            media = tuple(MediaRef(**ref) for ref in row.pop("media"))
+            yield Sample(messages=messages, media=media, **row)
 
 
 def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:

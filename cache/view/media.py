@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from cache.format.media_marks import split_at_marks
@@ -26,7 +24,7 @@ from cache.maintenance.local_media import LocalMedia, MediaFileError, NotAllowed
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import read_references
-from cache.store.samples import dataset_names
+from cache.store.samples import Message, dataset_names, samples_at
 from cache.view.thumbnails import MAX_FILE_BYTES, decode
 
 THUMBNAIL = 336
@@ -93,42 +91,29 @@ def _mentions(
         alone = hits[references.counts[sample[hits]] == 1]
         rows, at = np.unique(references.source[alone], return_index=True)
         first = dict(zip(rows.tolist(), sample[alone[at]].tolist(), strict=True))
-        texts = _texts(root.samples(dataset), list(first.values()))
+        numbers = np.unique(list(first.values())).astype(np.int64)
+        said = zip(numbers.tolist(), samples_at(root, dataset, numbers), strict=True)
+        texts = {number: _exchange(sample.messages) for number, sample in said}
         for row in np.unique(references.source[hits]).tolist():
             found.setdefault(row, []).append((dataset, texts.get(first.get(row, -1), {})))
     return found
 
 
-def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, str]]:
-    """Return number of a sample -> `question` and `answer`; only row groups with such samples are read."""
-    texts: dict[int, dict[str, str]] = {}
-    with pq.ParquetFile(path) as file:
-        start = 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            here = sorted(number for number in samples if start <= number < stop)
-            if here:
-                messages = file.read_row_group(group, ["messages"])["messages"]
-                texts |= {number: _exchange(messages[number - start].as_py()) for number in here}
-            start = stop
-    return texts
-
-
-def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _exchange(messages: Sequence[Message]) -> dict[str, str]:
     """Return the first answer of a conversation as `answer`, and the message before it as `question`.
 
     The sample has one media item; its mark is left out.
     """
     found = {}
     try:
-        turns = split_at_marks([(m["role"], m["content"]) for m in messages], 1)
+        turns = split_at_marks([(m.role, m.content) for m in messages], 1)
     except ValueError:  # no user turn
-        turns = [[m["content"]] for m in messages]
+        turns = [[m.content] for m in messages]
     for message, texts in zip(messages, turns, strict=True):
         text = " ".join(" ".join(texts).split())
         if len(text) > MAX_CHARACTERS:
             text = text[: MAX_CHARACTERS - 1] + "…"
-        found["answer" if message["role"] == "assistant" else "question"] = text
+        found["answer" if message.role == "assistant" else "question"] = text
         if "answer" in found:
             return found
     return {}

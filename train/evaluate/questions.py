@@ -11,17 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from cache.format.media_marks import split_at_marks
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRef, Message, Sample
+from cache.store.samples import Sample, samples_at
 from train.data.choices import first_answers
 from train.data.sample_list import SampleList
 from train.data.tokens import messages_of
-
-ROWS_READ = 8192
-"""Rows of the samples table decoded at a time; limits memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,14 +92,7 @@ def _stored(root: CacheRoot, samples: SampleList) -> Iterator[tuple[int, Sample]
     at = 0
     for number, name in enumerate(samples.names):
         chosen = samples.index[samples.dataset == number]
-        start = 0
-        with pq.ParquetFile(root.samples(name)) as file:
-            for batch in file.iter_batches(batch_size=ROWS_READ):
-                here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-                for row in batch.take(here).to_pylist():
-                    messages = tuple(Message(**m) for m in row.pop("messages"))
-                    media = tuple(MediaRef(**m) for m in row.pop("media"))
-                    yield at, Sample(messages=messages, media=media, **row)
-                    at += 1
-                start += len(batch)
+        for sample in samples_at(root, name, chosen):
+            yield at, sample
+            at += 1
     assert at == samples.size, "the samples file is shorter than the list made from it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from cache.store.samples import (
     dataset_names,
     read_origin,
     read_samples,
+    samples_at,
     samples_digest,
     samples_table,
     write_samples,
@@ -200,3 +202,12 @@ def test_the_error_for_a_missing_data_set_lists_the_existing_ones(tmp_path: Path
         NotFoundError, match=r"no data set 'shape' .*colors, shapes.*nearest: shapes.*encode.run"
     ):
         samples_digest(root, "shape")
+
+
+def test_some_samples_are_read_by_number(tmp_path: Path) -> None:
+    root = CacheRoot(tmp_path)
+    write_samples(root, "d", [Sample(id=str(i), dataset="d", messages=()) for i in range(9000)])
+    numbers = np.array([0, 7, 8191, 8192, 8999])
+    assert [int(s.id) for s in samples_at(root, "d", numbers)] == numbers.tolist()
+    with pytest.raises(CorruptError, match=r"9,000 samples, so none has number 9,000"):
+        list(samples_at(root, "d", np.array([3, 9000])))
