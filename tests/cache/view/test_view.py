@@ -598,7 +598,7 @@ def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mark", ["<image>", "<video>"])
 def test_the_question_of_an_image_is_shown_without_its_mark(mark: str) -> None:
     def shown(*turns: tuple[str, str]) -> dict[str, str]:
-        return media._exchange([{"role": role, "content": text} for role, text in turns])
+        return media._exchange([Message(role=role, content=text) for role, text in turns])
 
     asked = ("user", f"Is {mark} a <image> tag?")
     said = ("assistant", f"No: {mark}")
