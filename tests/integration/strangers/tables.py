@@ -329,7 +329,8 @@ def spec_forged(path: Path, dice: random.Random) -> str:
     else:
         new = draw_value(dice)
     if isinstance(spec.get(key), list) and dice.random() < 0.5:
-        new = [new] * dice.choice([1, 3, 100_000 if len(repr(new)) < 40 else 9])
+        is_short = isinstance(new, str | int | float) and len(str(new)) < 40
+        new = [new] * dice.choice([1, 3, 100_000 if is_short else 9])
     spec[key] = new
     hashed = {k: v for k, v in spec.items() if k != "encoder" and (k, v) != ("container", "zarr")}
     with contextlib.suppress(TypeError, ValueError, RecursionError):
