@@ -324,7 +324,7 @@ def test_what_is_no_folder_is_said_in_one_line(
         tmp_path: "no config.json, so no model of transformers",
         "facebook/none-of-these": "is not on this machine, and HF_HUB_OFFLINE is set; give facebook/none-of-"
         "these as a local folder: --encoder hf:FOLDER",
-        "../x": "no such folder",
+        "../none/x": "no such folder",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             encoder_config(f"hf:{source}")
