@@ -75,7 +75,7 @@ def test_killed_drivers_and_workers_lose_nothing(
     dice = random.Random(7)
     with TroubleServer(photos) as server:
         # `make test` omits the slow failing kinds, which are last.
-        entries = server.entries()[: soak(30, 1_000_000)]
+        entries = server.entries()[: soak(44, 1_000_000)]
         urls = [(server.base + entry.path, entry.sha256) for entry in entries]
         lists = write_pixmo(tmp_path / "lists", urls)
         calm, killed_often = tmp_path / "calm", tmp_path / "killed"
