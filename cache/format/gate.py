@@ -22,6 +22,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -227,9 +228,8 @@ def parse_json(data: bytes | str, *, not_finite: bool = False) -> Any:
         text = data if isinstance(data, str) else data.decode()
         constant = float if not_finite else _no_constant
         value = json.loads(text, object_pairs_hook=_object, parse_constant=constant)
-        if _SURROGATE.search(
-            text
-        ):  # half a character; a byte of a file's name is one that may be written
+        if _SURROGATE.search(text):
+            # Half a character is refused; one that stands for a byte of a file's name may be written.
             json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
         return value
     except RecursionError:
@@ -244,8 +244,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {twice[:40]!r} twice")
     return values
 

@@ -112,10 +112,9 @@ class RemoteReader(FeatureReader):
         try:
             for future in futures:
                 future.result()
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C: a request may have minutes left
-            self.cancel_reads()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C: a request may have minutes left
+                self.cancel_reads()
             raise
         finally:
             for future in futures:

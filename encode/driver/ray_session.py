@@ -3,7 +3,7 @@
     with private_folder() as folder, ray_environment(folder / "token"):
         ray.init(..., _temp_dir=str(folder / "ray"))
 
-    /tmp/nm2-k3j5x8a2/        nobody else can enter it (mode 0700)
+    nm2-k3j5x8a2/             nobody else can enter it (mode 0700)
         token                 the secret of this Ray (mode 0600)
         ray/                  for Ray, which opens its own folders to everybody (mode 0777)
         nanomolmo2-session    an empty file that the driver locks while it runs
