@@ -167,9 +167,6 @@ def _drop_ended_workers() -> None:
     for worker in {sender for sender, _ in _mapped.values()}:
         try:
             os.kill(worker, 0)
-        except (
-            ProcessLookupError,
-            PermissionError,
-        ):  # its number may be another user's process now
+        except OSError:  # it has ended; its number may be another user's process now
             for address in [a for a, (sender, _) in _mapped.items() if sender == worker]:
                 del _mapped[address]
