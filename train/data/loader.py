@@ -168,7 +168,7 @@ class FeatureLoader:
         self._samples = schedule.trees.samples
         self._max_tokens = max_tokens
         self._rank, self._world_size = rank, world_size
-        self._jobs = self._all_jobs(start, stop)
+        jobs = self._all_jobs(start, stop)
         shapes = {}
         for kind, array in enumerate(ARRAY_OF.values()):
             have = int(np.diff(self._samples.starts)[self._samples.kinds == kind].sum())
@@ -177,6 +177,10 @@ class FeatureLoader:
         self._free = [_Slot(shapes, pin) for _ in range(ahead + 1)]
         self._queue: deque[Future[MicroBatch]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
+        # A step is divided among all ranks on each of them: milliseconds, which pass during the step before.
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="features-schedule")
+        self._plan = lambda: self._planner.submit(next, jobs, None)
+        self._job = self._plan()
         self._closed = False
         self._stopping = stopping
 
@@ -213,13 +217,15 @@ class FeatureLoader:
         self._closed = True
         if any(not f.done() for f in self._queue):
             self._reader.cancel_reads()
+        self._planner.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._free.clear()
 
     def _fill(self) -> None:
         """Start a job for each free slot. Only the consumer's thread touches slots and queue."""
-        for job in itertools.islice(self._jobs, len(self._free)):
+        while self._free and (job := self._job.result()) is not None:
+            self._job = self._plan()
             self._queue.append(self._pool.submit(self._make, job, self._free.pop(0)))
 
     def _all_jobs(self, start: int, stop: int | None) -> Iterator[_Job]:

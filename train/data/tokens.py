@@ -189,7 +189,8 @@ def _map(path: Path) -> _Store:
     def mapped(name: str, dtype: Any) -> Any:
         if not (path / name).stat().st_size:  # an empty file cannot be mapped
             return np.empty(0, dtype=dtype)
-        return np.memmap(path / name, dtype=dtype, mode="r")
+        # A plain array of the same memory: a slice of it takes 0.1 microseconds, of a memmap 2.
+        return np.asarray(np.memmap(path / name, dtype=dtype, mode="r"))
 
     return _Store(
         faults=read_json(path / "meta.json", _Meta, f"remove {path}")["faults"],

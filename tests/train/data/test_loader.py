@@ -23,7 +23,7 @@ from cache.store.space import find_space
 from tests.support.feature_caches import IMAGES, M, World, ask, key_of, mixed_world, payload
 from train.data.loader import FeatureLoader, MicroBatch
 from train.data.packing import build_token_tree
-from train.data.schedule import SinglePass, TrainingSchedule
+from train.data.schedule import SinglePass, Step, TrainingSchedule
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,23 @@ def test_waiting_is_measured_and_reading_ahead_hides_reads(mixed: World) -> None
     assert bare[0] > 0.045  # nothing hides the first read
     assert sum(bare) > 0.2  # 12 reads of 50 ms in two threads
     assert sum(waits(0.1)[1:]) < sum(bare) / 2  # a step longer than a read hides it
+
+
+def test_a_step_is_planned_while_the_one_before_is_used(mixed: World) -> None:
+    """Dividing a step among many ranks takes milliseconds, which `next` must not wait for."""
+    schedule = TrainingSchedule(mixed.trees(mixed.join("d", "e")), 16, seed=0)
+    planned: list[tuple[int, str]] = []
+    step = schedule.step
+
+    def watched(number: int) -> Step:
+        planned.append((number, threading.current_thread().name))
+        return step(number)
+
+    schedule.step = watched  # type: ignore[method-assign]
+    with mixed.load(schedule, max_tokens=4096, stop=8, ahead=1) as loader:
+        used = [micro.step for micro in loader]
+    assert sorted(set(used)) == [number for number, _ in planned] == list(range(8))
+    assert not any(thread == threading.current_thread().name for _, thread in planned)
 
 
 def test_no_more_is_read_ahead_than_requested(mixed: World) -> None:
