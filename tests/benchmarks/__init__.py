@@ -5,6 +5,7 @@
     codecs, activations, paired    the error of codecs, and its effect on a trained model
     move, care, remote             merge and convert, verify, remote caches
     real_size                      encoding and training with models of the real size
+    train                          devices fed at a GPU's pace, speed beside other loops, break-even
 
 A benchmark prints one line for each requirement. bench.py has what they share, peers/ the other libraries.
 """

@@ -1,7 +1,9 @@
 """Caches of invented rows at real sizes, JPEG files, and the trainer's loader over them.
 
 world = World.make(folder, spec, "image", count=192)
-with world.loader(window=16384) as loader: ...
+with world.loader(tokenizer, window=16384, pin=False) as loader: ...
+
+The row of item `number` is that of picture `number % DIFFERENT`, as `jpeg` draws it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import io
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder
 from train.data.join import join
 from train.data.loader import FeatureLoader
-from train.data.message_trees import build_message_trees
+from train.data.message_trees import MessageTrees, build_message_trees
 from train.data.placeholders import Placeholders
 from train.data.schedule import TrainingSchedule
 from train.data.tokens import TokenStore
@@ -44,6 +46,13 @@ QUESTION = "What can be seen here, and where is it?"
 ANSWER = "A thing that nobody has named yet, beside another one, a little to the left of it."
 DIFFERENT = 6
 """Different rows and files. No code under test looks into them."""
+Said = Sequence[tuple[str, str]]
+"""Questions and answers about one media item, a sample each."""
+
+
+def one_question(_: int) -> Said:
+    """Return what is said about a media item unless a world says something else."""
+    return [(QUESTION, ANSWER)]
 
 
 def key_of(number: int) -> str:
@@ -53,7 +62,7 @@ def key_of(number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """A cache whose samples have one image or one video each."""
+    """A cache whose samples have one image or one video each; several samples may have the same."""
 
     root: CacheRoot
     folder: Path
@@ -61,16 +70,30 @@ class World:
     """`image` or `frame`."""
 
     @staticmethod
-    def make(folder: Path, spec: FeatureSpec, array: str, count: int, frames: int = 1) -> World:
-        """Write `count` media items of `frames` rows each."""
+    def make(
+        folder: Path,
+        spec: FeatureSpec,
+        array: str,
+        count: int,
+        frames: int = 1,
+        *,
+        rows: Sequence[npt.NDArray[np.uint8]] | None = None,
+        said: Callable[[int], Said] = one_question,
+    ) -> World:
+        """Write `count` media items of `frames` rows each.
+
+        Args:
+            folder: where.
+            spec: of the rows.
+            array: `image` or `frame`.
+            count: media items.
+            frames: rows of each.
+            rows: DIFFERENT packed rows; None: noise.
+            said: number of a media item -> its samples.
+        """
         root = CacheRoot(folder / "cache")
         space = Space.create(root, spec, {"library": "none"})
-        rng = np.random.default_rng(0)
-        shape = (spec.tokens(array), spec.width)
-        rows = [
-            codec.pack(rng.standard_normal(shape).astype(np.float32), spec.codec)
-            for _ in range(DIFFERENT)
-        ]
+        rows = rows or noise(spec, array)
         is_video = array == "frame"
         duration = (frames - 1) / 2  # two frames a second
         times = sample_times(duration, frames) if is_video else (0,)
@@ -85,15 +108,17 @@ class World:
                 view = time_view(at) if is_video else FULL
                 shard.append(key_of(number), view, rows[(number + i) % DIFFERENT], **more)
             records.append(record_of(number, is_video, duration))
-            samples.append(sample_of(number, records[-1]))
+            samples += samples_of(number, records[-1], said(number))
         shard.commit()
         space.grow(array)
         append_media(root, records, "test")
         write_samples(root, "d", samples)
         return World(root=root, folder=folder, array=array)
 
-    def schedule(self, tokenizer: Any, window: int) -> tuple[TrainingSchedule, FeatureReader]:
-        """Return a schedule whose steps fill one micro-batch of `window` tokens, and the space's reader."""
+    def trees(
+        self, tokenizer: Any, window: int, max_branches: int = 1
+    ) -> tuple[MessageTrees, FeatureReader]:
+        """Return the samples in trees of at most `max_branches`, and the space's reader."""
         reader = FeatureReader(find_space(self.root, None))
         samples = join(
             self.root, reader, {"d": None}, split="train", held_out=0.0, min_coverage=1.0
@@ -102,12 +127,19 @@ class World:
             samples,
             TokenStore.open(self.root, samples.names, tokenizer, folder=self.folder / "tokens"),
             max_tokens=window,
-            max_branches=1,
+            max_branches=max_branches,
             placeholders=Placeholders.of(reader.spec, tokenizer),
             over_long="refuse",
         )
+        return trees, reader
+
+    def schedule(
+        self, tokenizer: Any, window: int, ranks: int = 1
+    ) -> tuple[TrainingSchedule, FeatureReader]:
+        """Return a schedule, each of whose steps fills one micro-batch a rank, and the space's reader."""
+        trees, reader = self.trees(tokenizer, window)
         tokens = TrainingSchedule(trees, 1, seed=0).step(0).slices[0].tokens
-        count = min(window // tokens, len(samples.weight))
+        count = min(ranks * (window // tokens), len(trees.samples.weight))
         return TrainingSchedule(trees, count, seed=0), reader
 
     def loader(self, tokenizer: Any, window: int, pin: bool) -> FeatureLoader:
@@ -124,11 +156,23 @@ def record_of(number: int, is_video: bool, duration: float) -> MediaRecord:
     return MediaRecord(source=f"/media/{number}.jpg", key=key_of(number), width=640, height=480)
 
 
-def sample_of(number: int, record: MediaRecord) -> Sample:
-    """Return a question about a media item, and its answer."""
-    turns = (Message(role="user", content=QUESTION), Message(role="assistant", content=ANSWER))
+def noise(spec: FeatureSpec, array: str) -> list[npt.NDArray[np.uint8]]:
+    """Return DIFFERENT packed rows of noise."""
+    rng = np.random.default_rng(0)
+    shape = (spec.tokens(array), spec.width)
+    rows = (rng.standard_normal(shape).astype(np.float32) for _ in range(DIFFERENT))
+    return [codec.pack(row, spec.codec) for row in rows]
+
+
+def samples_of(number: int, record: MediaRecord, said: Said) -> list[Sample]:
+    """Return the samples of a media item: a question and its answer each."""
     media = (MediaRef(source=record.source, kind=record.kind),)
-    return Sample(id=str(number), dataset="d", messages=turns, media=media)
+    samples = []
+    for index, (question, answer) in enumerate(said):
+        turns = (Message(role="user", content=question), Message(role="assistant", content=answer))
+        name = f"{number}-{index}" if index else str(number)
+        samples.append(Sample(id=name, dataset="d", messages=turns, media=media))
+    return samples
 
 
 # ---- images

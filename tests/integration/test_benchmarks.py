@@ -6,16 +6,25 @@ python -m tests.benchmarks.store --rows 40 --rounds 3
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
+from model.language.model import load_tokenizer
 from tests.benchmarks import loaders, scale, store
 from tests.benchmarks.bench import Requirements
 from tests.benchmarks.peers import stores
+from tests.benchmarks.train import __main__ as train
+from tests.benchmarks.train import break_even, models, ranks
+from tests.gpu.worlds import World
 
 
 class Missing(stores.Store):
@@ -105,3 +114,65 @@ def test_the_loaders_benchmark_gives_each_library_the_same_batches(tmp_path: Pat
     codes, conversations = made.__getitems__([5, 0])
     np.testing.assert_array_equal(codes[0].numpy(), loaders.row_of(5))
     assert conversations[1][0]["content"] == loaders.text_of(0)[0]
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_measures_every_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requirements = Requirements("train")
+    train.measure(train.Options(small=True), tmp_path, requirements)
+    out = capsys.readouterr().out.splitlines()
+    table = [line for line in out if line.startswith("| 16 tokens, int8 |")]
+    # Three places with one and two ranks at a pace, two without one, and bare reads.
+    assert len(table) == 3 * (2 + 1) + 1
+    assert [line.split(" | ")[1] for line in table[::3]] == ["warm", "remote", "cold", "cold"]
+    assert sum(line.startswith(("| 5.6: ", "| 1: ")) for line in out) == 8
+    assert sum(line.startswith("| 20 | ") for line in out) == 2
+    assert requirements.total == (2 + 1 + 1 + 1) + 1 + 2 + 6 + 4
+    same = [line for line in out if "losses of the ways" in line]
+    assert len(same) == 2
+    assert all(line.endswith("ok") for line in same), same
+    assert not (tmp_path / "fed").exists(), "gigabytes were left"
+
+
+class SlowReader(FeatureReader):
+    """A reader that takes 20 ms longer for the rows of a micro-batch."""
+
+    def read_into(self, *given: Any) -> None:
+        time.sleep(0.02)
+        super().read_into(*given)
+
+
+def test_a_device_waits_for_a_slow_reader_only(tmp_path: Path) -> None:
+    world = World.make(tmp_path, models.SMALL.fed_spec, "image", 60)
+    schedule, _ = world.schedule(load_tokenizer(models.TOKENIZER), models.SMALL.window)
+    space = find_space(world.root, None)
+    feed = ranks.Feed(
+        schedule=schedule,
+        open_reader=partial(SlowReader, space),
+        ranks=1,
+        rate=60,
+        window=models.SMALL.window,
+        threads=1,
+        ahead=2,
+        seconds=60.0,
+        steps=10,
+    )
+    each = schedule.samples_per_step
+    paced = ranks.load(feed, 0, lambda: None)
+    assert paced.images == 7 * each  # of 10 steps, two read ahead; the last one ends the time
+    assert paced.wall_s >= 7 * each / 60 > paced.wait_s * 2
+    assert -1e-9 <= paced.idle(60) < 0.5
+    fast = ranks.load(replace(feed, rate=60_000), 0, lambda: None)
+    assert fast.wall_s >= 7 * 0.02
+    assert fast.waits > 0.5
+    assert fast.idle(60_000) > 0.9
+
+
+def test_when_a_cache_has_paid() -> None:
+    assert break_even.experiments_until(2.0, cached_s=1.0, live_s=2.0) == 2.0
+    assert break_even.experiments_until(2.0, cached_s=1.0, live_s=1.0) == math.inf
+    lines = break_even.table(0.36, 0.036, {"live": 0.36}, 610_304)
+    assert lines[2] == "| 1 | 11.00 | 10.00 | 0.91 | 61, once |"
+    assert lines[-1] == "| 20 | 30.00 | 200.00 | 6.67 | 61, once |"
