@@ -14,6 +14,7 @@ from model.attention.batch import PackedBatch
 from model.attention.kernels import register_packed_attention
 from model.attention.plan import AttentionPlan
 from model.connector import build_connector
+from model.language import lora
 from model.language.model import load_language
 from model.loss import weighted_cross_entropy
 
@@ -28,6 +29,10 @@ class VLM(nn.Module):
         self.vision_width = vision_width
         self.flash = True
         """Whether CUDA may use a variable-length kernel; False: SDPA everywhere."""
+        self.adapters: lora.Adapters | None = None
+        """The adapters of the language model; None: it has none."""
+        self.base_checksum = 0
+        """`lora.weights_checksum` of the language model before it had adapters."""
         language.set_attn_implementation(register_packed_attention())
 
     def loss(self, batch: PackedBatch, features: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,21 +110,37 @@ class VLM(nn.Module):
         else:
             getattr(self.language, f"{kind}_checkpointing_disable")()
 
+    def add_adapters(self, rank: int, seed: int, *, load_in_4bit: bool = False) -> None:
+        """Give the language model, on the CPU, adapters (LoRA); see `model.language.lora.add_adapters`."""
+        self.base_checksum = lora.weights_checksum(self.language)
+        self.adapters = lora.add_adapters(self.language, rank, seed=seed, load_in_4bit=load_in_4bit)
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights of the language model, which is then one like any other."""
+        lora.merge_adapters(self.language)
+        self.adapters = None
+
     def freeze(self, train_connector: bool, train_llm: bool) -> dict[str, tuple[int, int]]:
-        """Set which parts train. Return `parameter_counts`, for the log."""
+        """Set which parts train: of a language model with adapters, only those. Return `parameter_counts`."""
         self.connector.requires_grad_(train_connector)
-        self.language.requires_grad_(train_llm)
+        self.language.requires_grad_(train_llm and self.adapters is None)
+        for parameter in lora.adapter_parameters(self.language).values():
+            parameter.requires_grad_(train_llm)
         return parameter_counts(self)
 
 
 def parameter_counts(vlm: VLM) -> dict[str, tuple[int, int]]:
-    """Return the trainable and the total parameters of `connector` and `language`."""
-    parts = {"connector": vlm.connector, "language": vlm.language}
+    """Return the trainable and the total parameters of `connector`, `language` and, if any, `adapters`.
+
+    Those of `language` are without its adapters.
+    """
+    adapters = lora.adapter_parameters(vlm.language)
+    parts = {
+        "connector": list(vlm.connector.parameters()),
+        "language": [p for n, p in vlm.language.named_parameters() if n not in adapters],
+    } | ({"adapters": list(adapters.values())} if adapters else {})
     return {
-        name: (
-            sum(p.numel() for p in part.parameters() if p.requires_grad),
-            sum(p.numel() for p in part.parameters()),
-        )
+        name: (sum(p.numel() for p in part if p.requires_grad), sum(p.numel() for p in part))
         for name, part in parts.items()
     }
 

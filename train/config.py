@@ -20,11 +20,15 @@ from model.io.run_files import refuse_links_beside
 
 SELECTORS = (
     *("stage", "hardware", "device", "run", "max_steps", "max_sequence_length"),
-    *("resume", "inspect"),
+    *("lora", "resume", "inspect"),
 )
 """Options that decide the defaults of other options."""
 
 STAGES = (1, 2, 3)
+
+LORA_RATE = 10
+"""Default learning rate of adapters, as a multiple of the language model's own. LLaVA-1.5 takes 2e-4 instead
+of 2e-5; "LoRA Without Regret" (Thinking Machines, 2025) finds about 10 for models and data of many sizes."""
 
 MACHINE_KEYS = frozenset(
     {
@@ -89,7 +93,13 @@ class Options(RemoteOptions):
     train_connector: bool = True
     """Whether to train the connector."""
     train_llm: bool = True
-    """Whether to train the language model."""
+    """Whether to train the language model; with `lora`, its adapters."""
+    lora: Annotated[int, tyro.conf.arg(metavar="RANK")] = 0
+    """Train adapters of this rank (LoRA; 8 to 256 are usual) instead of the language model's own weights, on
+    every linear layer of its blocks; 0: train it whole. Needs `pip install 'nanomolmo2[lora]'`."""
+    load_in_4bit: bool = False
+    """With `lora`, round the frozen weights under the adapters to 4 bits (QLoRA). Needs an NVIDIA GPU and
+    `pip install 'nanomolmo2[qlora]'`."""
 
     batch_size_per_gpu: Annotated[int, tyro.conf.arg(aliases=("--batch-size",))] = 32
     """Samples of one process (one GPU), before gradient accumulation."""
@@ -116,7 +126,7 @@ class Options(RemoteOptions):
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 
     learning_rate: float = 1e-4
-    """Peak learning rate of the language model."""
+    """Peak learning rate of the language model. With `lora` the default is ten times that of the stage."""
     connector_learning_rate: float = 1e-3
     """Peak learning rate of the connector."""
     max_steps: int = 1000
@@ -160,6 +170,16 @@ class Options(RemoteOptions):
             )
         if not (self.train_connector or self.train_llm):
             raise ValueError("train_connector and train_llm are both false: nothing would learn")
+        if self.lora > 0 and not self.train_llm:
+            raise ValueError(
+                f"lora {self.lora} with train_llm false: adapters are how the language model would train; "
+                "leave out --no-train-llm to train them, or give --lora 0 to train the connector alone"
+            )
+        if self.load_in_4bit and not self.lora:
+            raise ValueError(
+                "load_in_4bit without lora: weights of 4 bits cannot train, adapters on them can; give "
+                "--lora 16"
+            )
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} {value} is not finite")
@@ -195,7 +215,7 @@ _COUNTS = (
 )
 _AMOUNTS = (
     *("warmup_steps", "connector_warmup_steps", "eval_every", "eval_samples", "weight_decay"),
-    *("learning_rate", "connector_learning_rate", "processes"),
+    *("learning_rate", "connector_learning_rate", "processes", "lora"),
 )
 
 
@@ -245,6 +265,9 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
     values = _scale_warmups(ours, str(users.get("max_steps", ""))) | users
     values = _scale_warmups(values, selected.get("max_steps", ""))
     values |= _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
+    rank = selected.get("lora", str(values.get("lora", 0)))
+    if rank.isdecimal() and int(rank) and "learning_rate" not in users:
+        values["learning_rate"] = round(values["learning_rate"] * LORA_RATE, 12)
     if (window := selected.get("max_sequence_length", "")).isdecimal():
         values["max_sequence_length"] = int(window)
     return _fit_window(values)

@@ -5,6 +5,7 @@ python -m train.run --stage 2                                     # starts from 
 python -m train.run --resume                                      # after a crash, from the newest checkpoint
 python -m train.run --datasets cap=0.6,points=0.3,text=0.1        # a mix
 python -m train.run --inspect                                     # the first packed batches as text
+python -m train.run --lora 16                                     # adapters, on a GPU with less memory
 python -m train.run --llm random:qwen3-tiny --max-steps 20        # a laptop, offline
 torchrun --nproc-per-node 4 -m train.run -- --stage 1             # four GPUs of one machine
 """
@@ -31,9 +32,11 @@ from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine, merge
+from configs.console import bytes_text
 from configs.signals import Interrupts, orderly_sigterm
 from configs.text import say
 from model.io.saved_model import save_final
+from model.language.lora import adapter_parameters
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
 from train import metrics, setup
@@ -112,6 +115,7 @@ def train_stage(
     options = setup.resolve(options, origin, reader)
     tokenizer = origin.tokenizer() if origin else load_tokenizer(str(options.llm))
     setup.check_template(options, tokenizer)
+    setup.check_adapters(options, device)
     try:
         data = setup.load_data(options, reader, tokenizer, folder, group.main_process_first)
     except ChangedSamplesError as error:
@@ -130,14 +134,15 @@ def train_stage(
         def open_folder() -> dict[str, Any]:
             facts = run_folder.open_folder(folder, options, reader, data.train, command)
             meta = setup.model_meta(options, reader)
-            return setup.keep_origin(folder, facts, origin, vlm, tokenizer, meta)
+            facts = setup.keep_origin(folder, facts, origin, vlm, tokenizer, meta)
+            return setup.keep_base(folder, facts, options, vlm)
 
         facts = group.broadcast(open_folder)
         describe(folder, options, reader, data, forward, group)
         # torchrun passes on the Ctrl-C that a terminal has already sent to every process.
         with Interrupts(STOPPING if group.is_main else "", float(group.world_size > 1)) as stop:
             try:
-                meta = setup.checkpoint_meta(options, reader, facts, tokenizer)
+                meta = setup.checkpoint_meta(options, reader, facts, tokenizer, vlm)
                 step = train(
                     folder,
                     options,
@@ -163,8 +168,9 @@ def train_stage(
             with group.main_process_first():
                 if group.is_main:
                     used = data.schedule.trees.samples
-                    write_card(folder, options, reader, data.train, used, origin)
+                    write_card(folder, options, reader, data.train, used, origin, vlm.adapters)
                     meta = setup.model_meta(options, reader) | {"step": step}
+                    meta |= {"base": facts["base"]} if vlm.adapters else {}
                     save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
     say(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
     return 0
@@ -402,6 +408,10 @@ def describe(
     for name, (learns, total) in parameter_counts(forward.vlm).items():
         state = "trained" if learns else "frozen"
         say(f"model     {name} {state}: {learns:,} of {total:,} parameters")
+    if forward.vlm.adapters:
+        adapted = adapter_parameters(forward.vlm.language).values()
+        size = bytes_text(sum(p.nbytes for p in adapted))
+        say(f"model     adapters: {size}, {forward.vlm.adapters}")
     say(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
     if group.world_size > 1:
         say(f"processes {group.world_size}, each with its share of every step")

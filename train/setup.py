@@ -34,11 +34,13 @@ from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, free_bytes
 from model.connector import connector_kind
+from model.io.base_model import base_name, final_base, language_base
 from model.io.llava_folder import is_llava
 from model.io.run_files import refuse_links
 from model.io.saved_model import check_files, read_meta, save_final
 from model.language.chat_template import template_version
 from model.language.folder_template import FOLDER_TEMPLATE
+from model.language.lora import check_packages
 from model.language.model import max_positions, unique_tensors
 from model.vlm import VLM, build_vlm
 from train.config import Options, parse_mix, stage_folder
@@ -187,12 +189,27 @@ def build_model(
         vlm, _ = build_vlm(spec.width, options.llm, options.connector, options.seed)
     else:
         vlm = origin.load()
+    if options.lora:
+        vlm.add_adapters(options.lora, options.seed, load_in_4bit=options.load_in_4bit)
     vlm.to(device)
     vlm.flash = options.use_flash_attention
     if options.use_gradient_checkpointing:
         vlm.gradient_checkpointing(True)
     vlm.freeze(options.train_connector, options.train_llm)
     return vlm
+
+
+def check_adapters(options: Options, device: torch.device) -> None:
+    """Raise UserError if adapters are to be trained and a package or the GPU that they need is missing."""
+    if options.inspect:
+        return
+    if options.load_in_4bit and device.type != "cuda":
+        raise UserError(
+            f"--load-in-4bit: weights of 4 bits need an NVIDIA GPU, not {device}; leave it out: "
+            "--no-load-in-4bit"
+        )
+    if options.lora:
+        check_packages(options.load_in_4bit)
 
 
 def check_template(options: Options, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -252,11 +269,12 @@ def model_meta(options: Options, reader: FeatureReader) -> dict[str, Any]:
 
 
 def checkpoint_meta(
-    options: Options, reader: FeatureReader, facts: Mapping[str, Any], tokenizer: Any
+    options: Options, reader: FeatureReader, facts: Mapping[str, Any], tokenizer: Any, vlm: VLM
 ) -> dict[str, Any]:
     """Return the metadata saved with a checkpoint: with its step, enough to start another run from it."""
     return {
         **model_meta(options, reader),
+        **({"lora": vlm.adapters.meta()} if vlm.adapters else {}),
         "samples_digest": facts["samples_digest"],
         "template": template_version(tokenizer),
         "vision_width": reader.spec.width,
@@ -286,11 +304,37 @@ def keep_origin(
         values = dict(meta) | {
             key: origin.meta[key] for key in kept if origin.meta.get(key) is not None
         }
-        save_final(start, vlm, tokenizer, {key: values[key] for key in kept})
+        # Adapters belong to whole weights, and those of `vlm` may be rounded to 4 bits.
+        whole = vlm if vlm.adapters is None else origin.load()
+        save_final(start, whole, tokenizer, {key: values[key] for key in kept})
         origin = Origin(path=start, kind="final", meta=read_meta(start))
     facts = {**facts, "origin": origin.record(folder)}
     run_folder.write_facts(folder, facts)
     return facts
+
+
+def keep_base(folder: Path, facts: dict[str, Any], options: Options, vlm: VLM) -> dict[str, Any]:
+    """Record in run.json which model the adapters of a new stage belong to; return run.json.
+
+    Raises:
+        UserError: a resumed stage would go on with adapters on another model.
+    """
+    if vlm.adapters is None:
+        return facts
+    if (origin := recorded(facts["origin"], folder)) is None:
+        base = language_base(str(options.llm), seed=options.seed, checksum=vlm.base_checksum)
+    else:
+        seal = read_meta(origin.path)["seal"]
+        base = final_base(origin.path, folder / run_folder.FINAL, seal)
+    new, facts = "base" not in facts, {"base": base, **facts}
+    if new:
+        run_folder.write_facts(folder, facts)
+    elif any(base.get(key) != facts["base"].get(key) for key in ("crc32c", "seal")):
+        raise UserError(
+            f"{folder}: {base_name(base)} has other weights than when this run began, and its adapters "
+            "belong to the former ones; put those back, or start again: --run NEW"
+        )
+    return {**facts, "base": base}
 
 
 def check_room(
@@ -305,12 +349,13 @@ def check_room(
     done = int(begun[-1].name.removeprefix("step-")) if begun else 0
     one = checkpoint.nbytes(vlm)
     words = vlm.language.get_input_embeddings().num_embeddings
-    model = sum(w.nbytes for w in unique_tensors(vlm).values()) + words * WORD_BYTES
+    whole = sum(w.nbytes for w in unique_tensors(vlm).values()) + words * WORD_BYTES
+    model = whole if vlm.adapters is None else checkpoint.nbytes(vlm) // 3 + words * WORD_BYTES
     to_save = -(-options.max_steps // options.save_every) - done // options.save_every
     # The newest two are kept while the next is written, and the final model is written beside them.
     most = min(len(begun) + to_save, checkpoint.KEEP + 1) * one
     last = min(len(begun) + to_save, checkpoint.KEEP) * one + model
-    copied = model if origin is not None and origin.kind != "final" else 0
+    copied = whole if origin is not None and origin.kind != "final" else 0
     needed = max(most, last) - len(begun) * one + copied + SMALL_FILES_BYTES
     if needed > (free := free_bytes(folder)):
         raise UserError(

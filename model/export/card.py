@@ -26,6 +26,7 @@ from model.export.mmproj import image_note, tower_note
 from model.export.towers import NESTED, ExportedTower
 from model.io.run_files import read_json
 from model.language.folder_template import FOLDER_TEMPLATE
+from model.language.lora import Adapters, AdaptersMeta
 
 CARD = "card.json"
 OVERRIDES = '{"projector_hidden_act":"torch.nn.modules.linear.Identity"}'
@@ -76,6 +77,7 @@ class _Stage(TypedDict):
     steps: int
     samples_per_step: int
     settings: _Settings
+    lora: NotRequired[AdaptersMeta | None]
     held_out_loss: float | None
     data_sets: list[_DataSet]
     media: NotRequired[dict[str, int]]
@@ -220,6 +222,11 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage of card.json with what the text says of it in words."""
     settings = stage.get("settings", {})
     parts = {"train_connector": "connector", "train_llm": "language model"}
+    if lora := stage.get("lora"):
+        adapters = Adapters.from_meta(lora)
+        parts["train_llm"] = (
+            f"adapters of the language model (LoRA: {adapters}), which are merged here"
+        )
     seen = [f"{number:,} {what}" for what, number in stage.get("media", {}).items() if number]
     return {
         "incomplete": False,

@@ -18,6 +18,8 @@ import msgspec
 from cache.format.gate import fit, parse_json, read_regular, what_is
 from configs import UserError
 
+META = "nanomolmo2.json"
+"""The file that makes a folder a finished model."""
 MOST = 64 << 20
 """Bytes of a JSON file, at most."""
 MOST_METRICS = 2 << 30

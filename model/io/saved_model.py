@@ -8,6 +8,11 @@
 
 `AutoModelForCausalLM.from_pretrained(final)` and `--llm final` load the language model alone, exactly. A file
 that was changed or cut since it was saved is refused by `load_final`.
+
+After training with adapters (LoRA) there are these two instead of the language model. `load_final` loads the
+model that they belong to (see base_model.py), which is not copied, and returns it with the adapters merged:
+
+        adapter_config.json, adapter_model.safetensors          as peft writes them
 """
 
 from __future__ import annotations
@@ -24,31 +29,41 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cache.format.checksums import crc32c, read_sealed_json, sealed_json
 from cache.format.gate import fit
 from configs import UserError, nearest, one_line, read_yaml
 from configs.command_line import command_text
 from model.connector import build_connector
+from model.io.base_model import Base, base_name, check_base, find_base, other_weights
 from model.io.llava_folder import TEMPLATES, with_template
-from model.io.run_files import MOST, Count, Name, refuse_links, refuse_links_beside
+from model.io.run_files import META, MOST, Count, Name, refuse_links, refuse_links_beside
 from model.language.chat_template import VERSIONS, template_version
 from model.language.files import check_file, check_folder, read_text
 from model.language.folder_template import FOLDER_TEMPLATE
+from model.language.lora import (
+    Adapters,
+    AdaptersMeta,
+    adapter_parameters,
+    merge_saved,
+    save_adapters,
+    weights_checksum,
+)
 from model.language.model import (
     load_folder,
+    load_language,
     load_tokenizer,
     prepare_model,
     save_language,
+    save_tokenizer,
     unique_tensors,
 )
-from model.language.tokenizer import eos_ids, image_token
+from model.language.tokenizer import eos_ids, image_token, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
 from model.vlm import VLM
 
 CONNECTOR = "connector.safetensors"
-META = "nanomolmo2.json"
 RUNS = Path("runs")
 FORMAT = 2
 """Version of the folder and of `nanomolmo2.json`."""
@@ -83,11 +98,14 @@ class Meta(TypedDict):
     template: str
     vision_width: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     max_frames: NotRequired[int | None]
+    lora: NotRequired[AdaptersMeta]
 
 
 class _FinalMeta(Meta):
     files: dict[Name, _File]
     marks: NotRequired[_Marks]
+    base: NotRequired[Base]
+    positions: NotRequired[Count | None]
 
 
 KEYS = ("connector", "llm", "space", "stage", "step")
@@ -104,14 +122,21 @@ def save_final(
         vlm: the model.
         tokenizer: its tokenizer.
         meta: JSON values: `connector` (linear | mlp), `llm` (its source), `space` (content of space.json),
-            `stage`, `step`, and any others.
+            `stage`, `step`, and any others; of a model with adapters also `base`, see base_model.py.
     """
-    missing = [key for key in KEYS if key not in meta]
+    missing = [key for key in (*KEYS, *(["base"] if vlm.adapters else [])) if key not in meta]
     assert not missing, f"meta lacks {missing}"
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_language(partial, vlm.language, tokenizer)
+    if vlm.adapters is None:
+        save_language(partial, vlm.language, tokenizer)
+    else:
+        name = base_name(meta["base"])
+        save_adapters(partial, vlm.language, vlm.adapters, adapter_parameters(vlm.language), name)
+        save_tokenizer(partial, tokenizer)
+        positions = getattr(vlm.language.config, "max_position_embeddings", None)
+        meta = {**meta, "lora": vlm.adapters.meta(), "positions": positions}
     save_file(unique_tensors(vlm.connector), partial / CONNECTOR)
     content = {
         "format": FORMAT,
@@ -188,8 +213,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
         )
     try:
         fit(meta, _FinalMeta)
+        if "base" in meta:
+            check_base(meta["base"])
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}; {_again(folder)}") from None
+    if ("lora" in meta) != ("base" in meta):
+        raise UserError(f"{path}: has only one of lora and base; {_again(folder)}")
     check_template_version(path, meta["template"])
     if meta["template"] == FOLDER_TEMPLATE and "marks" not in meta:
         raise UserError(f"{path}: no marks; {_again(folder)}")
@@ -210,7 +239,7 @@ def _again(folder: Path) -> str:
 
 
 def check_files(folder: Path, meta: Mapping[str, Any], *, contents: bool = True) -> None:
-    """Check that every file of a saved model has the bytes that were written.
+    """Check that every file of a saved model has the bytes that were written, and that its base is there.
 
     Args:
         folder: the saved model.
@@ -218,8 +247,10 @@ def check_files(folder: Path, meta: Mapping[str, Any], *, contents: bool = True)
         contents: whether to read the files (2.4 GB take a second from memory), or compare sizes only.
 
     Raises:
-        UserError: a file is missing or has changed.
+        UserError: a file is missing or has changed, or adapters without the model that they belong to.
     """
+    if "base" in meta:
+        find_base(folder, meta["base"], _seal)
     for name, written in meta["files"].items():
         path = folder / name  # a name without a slash, see _FinalMeta
         if not path.is_file():
@@ -238,18 +269,18 @@ def check_files(folder: Path, meta: Mapping[str, Any], *, contents: bool = True)
 def load_final(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[VLM, PreTrainedTokenizerFast, dict[str, Any]]:
-    """Load a saved model.
+    """Load a saved model, with its adapters merged.
 
     Returns:
         The model in evaluation mode, its tokenizer, and the content of nanomolmo2.json.
 
     Raises:
-        UserError: a file is missing, damaged, or of another version or model.
+        UserError: a file is missing, damaged, or of another version or model; or the model that adapters
+            belong to is not there, or is another one now.
     """
     meta = read_meta(folder)
     check_files(folder, meta)
-    own = meta["template"] != FOLDER_TEMPLATE
-    language, tokenizer = load_folder(folder, dtype, None if own else saved_tokenizer(folder, meta))
+    language, tokenizer = _language(folder, meta, dtype)
     prepare_model(language, tokenizer)
     width = language.get_input_embeddings().embedding_dim
     connector = build_connector(meta["connector"], meta["vision_width"], width).to(dtype)
@@ -261,6 +292,37 @@ def load_final(
     return vlm.to(device).eval(), tokenizer, meta
 
 
+def _language(
+    folder: Path, meta: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Return the language model and the tokenizer of a saved model whose files have been checked."""
+    if "lora" not in meta:
+        own = meta["template"] != FOLDER_TEMPLATE
+        return load_folder(folder, dtype, None if own else saved_tokenizer(folder, meta))
+    adapted = [(folder, meta)]
+    while True:  # to the model that the first adapters were trained on
+        here, record = adapted[-1]
+        place = find_base(here, record["base"], _seal)
+        if isinstance(place, str):
+            language, _ = load_language(place, seed=record["base"]["seed"])
+            if weights_checksum(language) != record["base"]["crc32c"]:
+                raise other_weights(here, record["base"], place)
+            break
+        below = read_meta(place)
+        check_files(place, below)
+        if "lora" not in below:
+            language, _ = _language(place, below, torch.float32)
+            break
+        adapted.append((place, below))
+    for here, record in reversed(adapted):
+        merge_saved(language, here, Adapters.from_meta(record["lora"]))
+    return language.to(dtype), saved_tokenizer(folder, meta)
+
+
+def _seal(folder: Path) -> str:
+    return str(read_meta(folder)["seal"])
+
+
 def saved_tokenizer(folder: Path, meta: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a saved model, with the template that the model was trained with.
 
@@ -268,7 +330,9 @@ def saved_tokenizer(folder: Path, meta: Mapping[str, Any]) -> PreTrainedTokenize
         UserError: it is missing or damaged.
     """
     if meta["template"] != FOLDER_TEMPLATE:
-        return load_tokenizer(str(folder))
+        if "lora" not in meta:
+            return load_tokenizer(str(folder))
+        return prepare_tokenizer(read_tokenizer(folder, rows=None))
     tokenizer = read_tokenizer(folder, rows=None, whole_model=True)
     marks, path = meta["marks"], folder / TEMPLATES[0]
     text = read_text(path)

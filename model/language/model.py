@@ -285,6 +285,12 @@ def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     config.architectures = [type(model).__name__]
     config.dtype = next(model.parameters()).dtype
     config.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
+    save_file(unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write a tokenizer into `folder`, with its chat template, and the ids at which answers end."""
     tokenizer.chat_template = template_text(tokenizer)
     tokenizer.save_pretrained(folder)
     if type(tokenizer) is not PreTrainedTokenizerFast:
@@ -294,7 +300,6 @@ def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     ends = list(eos_ids(tokenizer))
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-    save_file(unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

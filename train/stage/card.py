@@ -31,6 +31,7 @@ from cache.store.reader import FeatureReader
 from cache.store.references import NOUNS, read_references
 from configs import UserError
 from model.io.run_files import read_json
+from model.language.lora import Adapters
 from train.config import Options
 from train.data.sample_list import SampleList
 from train.metrics import read_metrics
@@ -61,6 +62,7 @@ def write_card(
     train: SampleList,
     used: SampleList,
     origin: Origin | None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Write the card of a stage that has done its last step.
 
@@ -71,6 +73,7 @@ def write_card(
         train: the training split.
         used: the samples that it trained on.
         origin: what the stage started from.
+        adapters: of the language model, if it was trained by adapters.
     """
     held_out = [line for line in read_metrics(folder) if "held_out_loss" in line]
     stage = {
@@ -80,6 +83,7 @@ def write_card(
         "llm": options.llm,
         "connector": options.connector,
         "settings": {name: getattr(options, name) for name in SETTINGS},
+        "lora": adapters.meta() if adapters else None,
         "space": {
             "name": reader.path.name,
             "fingerprint": reader.spec.fingerprint,

@@ -23,9 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from cache.format.gate import fit
 from configs import UserError, nearest
 from model.io.llava_folder import is_llava, open_llava, other_model
-from model.io.run_files import refuse_links
+from model.io.run_files import META, refuse_links
 from model.io.saved_model import (
-    META,
     RUNS,
     Meta,
     check_template_version,
@@ -34,6 +33,7 @@ from model.io.saved_model import (
     saved_tokenizer,
 )
 from model.language.folder_template import FOLDER_TEMPLATE
+from model.language.lora import check_packages
 from model.language.model import load_tokenizer, max_positions, saved_positions
 from model.language.sources import local_folder
 from model.vlm import VLM, build_vlm
@@ -122,12 +122,14 @@ class Origin:
         if self.kind == "llava":
             return open_llava(self.path).max_positions
         if self.kind == "final":
+            if "lora" in self.meta:
+                return self.meta.get("positions")
             is_own = self.meta["template"] != FOLDER_TEMPLATE
             return max_positions(str(self.path)) if is_own else saved_positions(self.path)
         return base.max_positions() if (base := self.base) else max_positions(str(self.meta["llm"]))
 
     def load(self) -> VLM:
-        """Return the model with its weights.
+        """Return the model with its weights, and adapters merged.
 
         Raises:
             UserError: a file is missing, damaged, or of another version or model.
@@ -141,7 +143,13 @@ class Origin:
         else:
             meta = self.meta
             vlm, _ = build_vlm(meta["vision_width"], meta["llm"], meta["connector"], meta["seed"])
+        if "lora" not in self.meta:
+            checkpoint.load_weights(self.path, vlm)
+            return vlm
+        check_packages(load_in_4bit=False)
+        vlm.add_adapters(self.meta["lora"]["rank"], self.meta["seed"])
         checkpoint.load_weights(self.path, vlm)
+        vlm.merge_adapters()
         return vlm
 
     def record(self, folder: Path) -> list[str]:

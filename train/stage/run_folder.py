@@ -3,7 +3,8 @@
 runs/<name>/stage<k>/
     config.yaml             the resolved options
     run.json                id, space and its fingerprint, samples of each data set when the run began, the
-                            command that began it, and where the model that it started from is
+                            command that began it, where the model that it started from is, and to which
+                            model its adapters belong
     samples.safetensors     which samples exactly
     metrics.jsonl           one line for each step
     tb/                     curves, with --log tensorboard
@@ -27,7 +28,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -37,8 +38,8 @@ from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine
-from model.io.run_files import Name, read_json, refuse_links
-from model.io.saved_model import META
+from model.io.base_model import Base
+from model.io.run_files import META, Name, read_json, refuse_links
 from train.config import (
     MACHINE_KEYS,
     Options,
@@ -73,6 +74,7 @@ class Facts(TypedDict):
     samples_digest: str
     command: list[str]
     origin: tuple[str, str] | None
+    base: NotRequired[Base]
 
 
 def is_finished(folder: Path) -> bool:
