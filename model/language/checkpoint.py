@@ -128,6 +128,11 @@ def _instead(folder: Path) -> str:
 
 def _adapter_message(folder: Path) -> str:
     """Say what an adapter is, and how to merge it."""
+    if (folder / "nanomolmo2.json").exists():
+        return (
+            f"{folder}: adapters that train.run --lora saved, not a whole model; start from that run, with "
+            f"its connector: --from {shlex.quote(str(folder))}"
+        )
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     whole = ""
     if (folder / CONFIG).exists() and any(folder.glob("model*.safetensors")):

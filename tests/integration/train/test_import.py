@@ -82,14 +82,24 @@ def again(place: Path, exported: Path, features: Path, name: str) -> Path:
     "kind",
     [
         {"style": "vicuna", "fit": "crop", "act": "relu"},
-        {"style": "chatml", "tower": "siglip", "llm": Qwen3Config, "tied": True, "fit": "squash"},
+        {
+            "style": "chatml",
+            "tower": "siglip",
+            "llm": Qwen3Config,
+            "tied": True,
+            "fit": "squash",
+            "lora": 4,
+        },
     ],
-    ids=["clip, vicuna", "siglip, chatml, tied"],
+    ids=["clip, vicuna", "siglip, chatml, tied, by adapters"],
 )
 def test_a_stranger_is_trained_resumed_asked_and_exported(
     kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    lora = kind.get("lora", 0)
+    kind = {key: value for key, value in kind.items() if key != "lora"}
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
     stranger = tiny_clip.write_llava(Path("llava"), **kind)
     pictures = photographs(Path("pictures"))
     rows = [
@@ -113,11 +123,13 @@ def test_a_stranger_is_trained_resumed_asked_and_exported(
     ]
     assert encode_run.main([*words, "--codec", "fp16"]) == 0
     train = [*BASE, "--from", "llava", "--save-every", "2", "--max-steps", "10"]
+    train += ["--lora", str(lora)]
     assert run.main([*train, "--run", "one"]) == 0
     stage = Path("runs/one/stage1")
     before = losses(stage)
     assert before[-1] < before[0]
-    final = load_file(stage / "final/model.safetensors")
+    final = load_file(stage / "final" / weights)
+    assert (stage / "final/model.safetensors").exists() == (not lora)
 
     # Killed after step 8, and the folder is gone: the run has what it needs.
     shutil.rmtree(stage / "final")
@@ -125,7 +137,7 @@ def test_a_stranger_is_trained_resumed_asked_and_exported(
     Path("llava").rename("elsewhere")
     assert run.main(["--run", "one", "--resume"]) == 0
     assert losses(stage) == before
-    resumed = load_file(stage / "final/model.safetensors")
+    resumed = load_file(stage / "final" / weights)
     assert all(torch.equal(resumed[name], value) for name, value in final.items())
     assert (
         run.main(

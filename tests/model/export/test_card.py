@@ -67,6 +67,19 @@ def card_of(tower: tuple[ExportedTower, FeatureSpec], card: dict[str, Any], **me
     return model_card("mine", known, tower[1], tower[0], card, FOUND)
 
 
+def test_adapters_are_named(tower: tuple[ExportedTower, FeatureSpec]) -> None:
+    lora = {"rank": 16, "alpha": 32, "target_modules": ["q_proj"], "load_in_4bit": True}
+    settings = {**STAGE["settings"], "train_llm": True}
+    text = card_of(tower, {"stages": [{**STAGE, "settings": settings, "lora": lora}]})
+    assert (
+        "adapters of the language model (LoRA: rank 16, alpha 32, on q_proj, over weights of 4 bits)"
+        in text
+    )
+    assert "trained: connector and adapters" in text and "merged here" in text
+    plain = card_of(tower, {"stages": [{**STAGE, "lora": None}]})
+    assert "adapters" not in plain
+
+
 def test_a_card_names_data_sets_counts_and_failures(
     tower: tuple[ExportedTower, FeatureSpec],
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,24 @@ def test_what_a_stranger_wrote_is_refused_in_one_line(
     change(folder, **values)
     with pytest.raises(UserError, match=says):
         load_final(folder)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [ADAPTER, ADAPTER_CONFIG, "tokenizer.json"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_damage_is_one_line(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    folder, _ = save(tmp_path / "final", RANDOM)
+    damage(folder / name)
+    assert str(folder / name) in refuse(folder)
 
 
 def test_a_folder_is_recorded_by_its_absolute_path(

@@ -340,6 +340,11 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
         text("adapter_config.json", '{"base_model_name_or_path": "Qwen/Q"}'),
         "an adapter .*is already merged, remove",
     ),
+    "adapters of ours": (
+        "tied",
+        both(adapter, text("nanomolmo2.json", "{}")),
+        "adapters that train.run --lora saved, .*start from that run, with its connector: --from ",
+    ),
     "diffusers": ("tied", text("model_index.json", "{}"), "an image generator"),
     # tokenizer
     "no tokenizer": ("tied", drop(TOKENIZER, "tokenizer_config.json"), r"no tokenizer\.json"),
