@@ -5,7 +5,9 @@
     merge_saved(language, folder, adapters)                        # into the base that they were trained on
 
 A layer computes W x + alpha / rank * B A x. W, the embeddings and the output layer are frozen; A and B train.
-Merged, a layer has the weights W + alpha / rank * B A, and the model is one like any other.
+Merged, a layer has the weights W + alpha / rank * B A, and the model is one like any other. Embedding rows
+that `load_language` added for control tokens are in no published model, and other machines draw other values:
+a third file has them.
 
 D inputs and E outputs of a layer, r rank: A is (r, D), B is (E, r).
 """
@@ -33,6 +35,8 @@ from model.language.files import AGAIN, read_header
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """peft's names of its two files."""
+ADDED = "added_rows.safetensors"
+"""Rows that `load_language` added to the embedding and an untied output layer; missing if it added none."""
 ALPHA = 2
 """alpha / rank, so the scale of the adapters and with it the best learning rate do not depend on the rank.
 LLaVA-1.5 trains with rank 128 and alpha 256, too (scripts/v1_5/finetune_lora.sh)."""
@@ -230,6 +234,8 @@ def save_adapters(
         for name, value in tensors.items()
     }
     save_file(state, folder / ADAPTER, metadata={"format": "pt"})
+    if rows := _added_rows(language):
+        save_file({name: value.contiguous() for name, value in rows.items()}, folder / ADDED)
 
 
 def merge_saved(language: PreTrainedModel, folder: Path, adapters: Adapters) -> None:
@@ -257,16 +263,12 @@ def merge_saved(language: PreTrainedModel, folder: Path, adapters: Adapters) -> 
             f"{path}: {len(differ)} tensors are not those of rank {adapters.rank} on the base's layers, such "
             f"as {one_line(differ[0], 100)}; {AGAIN}"
         )
-    try:
-        values = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
+    values = _read(path)
+    _load_added_rows(language, folder / ADDED)
     scale = adapters.alpha / adapters.rank
     with torch.no_grad():
         for name, layer in layers.items():
             a, b = (values[f"{PREFIX}{name}.lora_{x}.weight"].float() for x in "AB")
-            if not bool(a.isfinite().all() and b.isfinite().all()):
-                raise UserError(f"{path}: {name} has values that are not finite; {AGAIN}")
             layer.weight += (b @ a) * scale
 
 
@@ -276,13 +278,57 @@ def _shapes(layers: Mapping[str, nn.Linear], rank: int) -> Iterator[tuple[str, t
         yield f"{PREFIX}{name}.lora_B.weight", (layer.out_features, rank)
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{path}: {name} has values that are not finite; {AGAIN}")
+    return values
+
+
+def _added_rows(language: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the rows that `load_language` added to the embedding and to an untied output layer."""
+    number = getattr(language, "added_rows", 0)
+    if not number:
+        return {}
+    layers = {
+        "embedding": language.get_input_embeddings(),
+        "output": language.get_output_embeddings(),
+    }
+    rows = {name: layer.weight.detach()[-number:] for name, layer in layers.items()}
+    if layers["output"].weight is layers["embedding"].weight:
+        del rows["output"]
+    return rows
+
+
+def _load_added_rows(language: PreTrainedModel, path: Path) -> None:
+    """Copy the rows that adapters were trained with over those that were drawn."""
+    if not (rows := _added_rows(language)):
+        return
+    stored = {name: tensor.shape for name, tensor in read_header(path).items()}
+    if stored != {name: tuple(value.shape) for name, value in rows.items()}:
+        raise UserError(f"{path}: its rows are not those that the base lacks; {AGAIN}")
+    for name, value in _read(path).items():
+        rows[name].copy_(value)
+    language.added_rows = 0  # now it is a model of its own
+
+
 def weights_checksum(language: PreTrainedModel) -> int:
     """Return the crc32c of names, shapes and values of a model without adapters, on the CPU.
 
-    Adapters fit one model alone, and with another one they would give nonsense without an error.
+    Adapters fit one model alone, and with another one they would give nonsense without an error. Rows that
+    `load_language` added do not count.
     """
     total = 0
+    kept = -getattr(language, "added_rows", 0) or None
+    layers = (language.get_input_embeddings(), language.get_output_embeddings())
+    with_rows = [layer.weight for layer in layers if layer is not None]
     for name, value in sorted(language.named_parameters()):
+        if any(value is one for one in with_rows):
+            value = value[:kept]
         head = f"{name} {tuple(value.shape)} {value.dtype}"
         total = crc32c(head.encode(), total)
         data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -135,6 +135,7 @@ def load_language(
             torch.manual_seed(seed)  # new rows are drawn around the mean of the old ones
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
         more = model.get_input_embeddings().weight.shape[0]
+        model.added_rows = more - rows  # drawn, so adapters are saved with them, see lora.py
         log.info("%s: %d embedding rows became %d, for added tokens", source, rows, more)
     prepare_model(model, tokenizer)
     return model, tokenizer

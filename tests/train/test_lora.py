@@ -184,10 +184,8 @@ def test_stage_2_of_a_run_and_its_scores(here: Path) -> None:
     assert (stage / "evaluation-train.json").exists()
     stages = json.loads((stage / "card.json").read_text())["stages"]
     assert [one["lora"]["rank"] for one in stages] == [8, 4]
-    Path("llm").rename("moved")
-    with pytest.raises(
-        UserError, match=r"/llm, which is not there any more; put it back, or write"
-    ):
+    Path("runs/first/stage1/final/base.txt").write_text("/nowhere/llm\n")
+    with pytest.raises(UserError, match=r"/nowhere/llm, which is not there any more; put it back"):
         train("--run", "first", "--stage", "3", *words)
 
 

@@ -15,14 +15,22 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cache.format.checksums import sealed_json
 from configs import UserError
 from model.io.base_model import POINTER, Base, final_base, language_base
 from model.io.run_files import META
-from model.io.saved_model import check_files, load_final, read_meta, save_final
-from model.language.lora import ADAPTER, ADAPTER_CONFIG, adapter_parameters
+from model.io.saved_model import check_files, load_final, read_meta, save_final, saved_tokenizer
+from model.language.lora import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADDED,
+    Adapters,
+    adapter_parameters,
+    merge_saved,
+)
 from model.language.tokenizer import byte_tokenizer
 from model.vlm import VLM, build_vlm
 from tests.support.trained_runs import VISION, one_sample, random_features
@@ -31,20 +39,26 @@ RANDOM = "random:qwen3-tiny"
 NOTED: dict[str, Any] = {"connector": "linear", "space": {}, "stage": 1, "step": 5}
 
 
-def llm_folder(folder: Path, seed: int = 0) -> Path:
+def llm_folder(folder: Path, seed: int = 0, *, full: bool = False, tied: bool = True) -> Path:
+    """Write a language model; a `full` one has a row for each id, and no `<image>`."""
     torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    if full:
+        state = tokenizer.backend_tokenizer.to_str().replace('"<image>"', '"<|image_pad|>"')
+        backend = type(tokenizer.backend_tokenizer).from_str(state)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     config = Qwen3Config(
-        vocab_size=320,
+        vocab_size=len(tokenizer) if full else 320,
         hidden_size=32,
         num_hidden_layers=2,
         intermediate_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -190,6 +204,39 @@ def test_other_weights_under_the_same_name_are_refused(on_a_folder: tuple[Path, 
     shutil.rmtree(llm)
     llm_folder(llm, seed=1)
     assert f"its adapters were trained on other weights than {llm} has now" in refuse(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_were_added_to_the_base_are_those_of_training(tmp_path: Path, tied: bool) -> None:
+    """Other machines, and other numbers of threads, draw other values for them."""
+    llm = llm_folder(tmp_path / "llm", full=True, tied=tied)
+    folder, vlm = save(tmp_path / "final", str(llm))
+    assert load_file(folder / ADDED).keys() == ({"embedding"} if tied else {"embedding", "output"})
+    change(folder, base=read_meta(folder)["base"] | {"seed": 9})  # drawn otherwise
+    again, _, _ = load_final(folder)
+    for one in ("get_input_embeddings", "get_output_embeddings"):
+        weight = getattr(again.language, one)().weight
+        assert torch.equal(weight, getattr(vlm.language, one)().weight)
+    assert loss_of(again) == pytest.approx(loss_of(vlm), abs=1e-5)
+    # A later stage has them in its base.
+    train(again, seed=4)
+    later = tmp_path / "later/final"
+    base = final_base(folder, later, read_meta(folder)["seal"])
+    save_final(later, again, tokenizer_of(folder), NOTED | {"llm": str(llm), "base": base})
+    assert not (later / ADDED).exists()
+    assert loss_of(load_final(later)[0]) == pytest.approx(loss_of(again), abs=1e-5)
+    rows = load_file(folder / ADDED)
+    save_file({"embedding": rows["embedding"][1:].contiguous()}, folder / ADDED)
+    with pytest.raises(UserError, match="its rows are not those that the base lacks"):
+        merge_saved(
+            build_vlm(VISION, str(llm), "linear", 0)[0].language,
+            folder,
+            Adapters.from_meta(read_meta(folder)["lora"]),
+        )
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
+    return saved_tokenizer(folder, read_meta(folder))
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line(
