@@ -15,8 +15,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from cache.format.checksums import sealed_json
 from configs import UserError
@@ -317,7 +323,19 @@ def test_a_folder_is_recorded_by_its_absolute_path(
     assert language_base("Qwen/Qwen3-0.6B", seed=0, checksum=1)["llm"] == "Qwen/Qwen3-0.6B"
 
 
-def test_peft_finds_the_base_by_the_name_in_its_config(on_a_folder: tuple[Path, VLM, Path]) -> None:
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_peft_and_transformers_load_it(on_a_folder: tuple[Path, VLM, Path]) -> None:
     folder, _, llm = on_a_folder
+    merged = load_final(folder)[0].language
+    merged.set_attn_implementation("sdpa")
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(llm)
+    base = AutoModelForCausalLM.from_pretrained(llm)
+    ids = torch.arange(40, 60)[None]
+    with torch.inference_mode():
+        expected = merged(ids).logits
+        for theirs in (
+            PeftModel.from_pretrained(base, str(folder)),
+            AutoModelForCausalLM.from_pretrained(folder),  # finds the base by its name
+        ):
+            assert torch.allclose(theirs(ids).logits, expected, atol=1e-5)
