@@ -83,14 +83,21 @@ class VLM(nn.Module):
         if features is None or features.shape[0] == 0:
             if len(image_slots):
                 raise ValueError(f"{len(image_slots)} image slots but no features")
-            # A batch without images gives the connector a gradient of zero, not None. AdamW skips a parameter
-            # without a gradient, and with a frozen language model backward() would have nothing to do.
-            unused = self.connector(words.new_zeros(1, self.vision_width, dtype=self.dtype))
-            return words + 0.0 * unused.sum().to(words.dtype)
+            return words + self.unused().to(words.dtype)
         tokens = self.connector(features.to(self.dtype).flatten(0, -2))  # (..., V) -> (N, D)
         if len(tokens) != len(image_slots):
             raise ValueError(f"{len(image_slots)} image slots for {len(tokens)} features")
         return words.index_copy(0, image_slots, tokens.to(words.dtype))
+
+    def unused(self) -> Tensor:
+        """Return a zero that depends on every parameter through which features pass.
+
+        So a batch without features gives them a gradient of zero, not None. AdamW skips a parameter without
+        one, with a frozen language model backward() would have nothing to do, and several processes have to
+        sum the gradients of the same parameters, whichever of them has features.
+        """
+        parameter = next(self.connector.parameters())
+        return 0.0 * self.connector(parameter.new_zeros(1, self.vision_width)).sum()
 
     @property
     def dtype(self) -> torch.dtype:

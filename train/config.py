@@ -34,7 +34,7 @@ MACHINE_KEYS = frozenset(
     {
         *("config", "run", "resume", "inspect", "hardware", "device", "features", "min_coverage"),
         *("mirror", "mirror_gb", "allow_private"),
-        *("max_tokens", "use_gradient_checkpointing", "use_flash_attention"),
+        *("max_tokens", "use_gradient_checkpointing", "use_flash_attention", "shard", "offload"),
         *("log", "log_every", "save_every", "eval_every", "eval_samples"),
         *("read_threads", "read_ahead"),
     }
@@ -117,6 +117,12 @@ class Options(RemoteOptions):
     """Longest micro-batch, in tokens. Changes memory and speed, not what is learned."""
     use_gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: a sequence of 32 k tokens takes 1.8 instead of 65 GiB."""
+    shard: Literal["none", "full", "node"] = "none"
+    """What each of several processes keeps of weights, gradients and optimizer state: `none`, all;
+    `full`, one part; `node`, a part of those of its machine. Changes memory and speed, not what is learned."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer state in the CPU's memory, and run AdamW there: the GPU has one
+    layer at a time. For models that do not fit otherwise; slower."""
     use_flash_attention: bool = True
     """On CUDA, compute attention by a variable-length kernel; no effect elsewhere."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

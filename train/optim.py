@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from train.config import Options
+from train.distributed.shard import local, mesh_of, sum_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +91,22 @@ def set_rates(
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients together to a norm of at most `max_norm`; return the norm before scaling.
 
-    If the norm is not finite nothing is scaled, and the caller must not update the parameters.
+    If the norm is not finite nothing is scaled, and the caller must not update the parameters. Of a sharded
+    model it is the norm of all parts, so every process must call it.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients, mesh = [local(gradient) for gradient in found], mesh_of(found)
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = float(total if mesh is None else sum_parts(total.square(), mesh).sqrt())
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return norm
 
 
 def broken_gradients(model: nn.Module) -> list[str]:
-    """Return the names of the parameters whose gradient has a NaN or an infinity."""
+    """Return the names of the parameters whose gradient has a NaN or an infinity, in this process's part."""
     return [
         n
         for n, p in model.named_parameters()
-        if p.grad is not None and not bool(p.grad.isfinite().all())
+        if p.grad is not None and not bool(local(p.grad).isfinite().all())
     ]

@@ -8,6 +8,7 @@ python -m train.run --inspect                                     # the first pa
 python -m train.run --lora 16                                     # adapters, on a GPU with less memory
 python -m train.run --llm random:qwen3-tiny --max-steps 20        # a laptop, offline
 torchrun --nproc-per-node 4 -m train.run -- --stage 1             # four GPUs of one machine
+torchrun --nproc-per-node 4 -m train.run -- --shard full          # which share the weights
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader, StoppedWaitingError
 from train.data.sample_list import ChangedSamplesError
 from train.data.schedule import Schedule
-from train.distributed import ProcessGroup, fingerprint, process_group
+from train.distributed.group import ProcessGroup, process_group
+from train.distributed.shard import fingerprint, make_whole, part_number, shard
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
 from train.stage import checkpoint, ending, run_folder
 from train.stage.card import write_card
@@ -65,6 +67,14 @@ seconds of steps ready, an interruption of seconds does not stop training."""
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
 INSPECTED = 2
 """Micro-batches that `--inspect` prints."""
+COMMON_KEYS = ("run", "eval_every", "eval_samples", "save_every", "max_tokens", "shard", "offload")
+"""Options that a resumed run may change, but not one process alone: they decide what all do together."""
+SHARES = {
+    "none": "each has the whole model",
+    "full": "each has a part of the model",
+    "node": "those of a machine share a model",
+}
+"""What `--shard` does, for the first lines on the screen."""
 SINGLE_PROCESS = ProcessGroup()
 
 
@@ -97,7 +107,6 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
         return 0
     run_folder.read_facts(folder)  # a damaged run.json is an error before anything is loaded
     device = group.device(options.device)
-    group.connect(device)
     with ending.one_line(folder, command, options):
         return train_stage(folder, options, device, command, group)
 
@@ -125,7 +134,10 @@ def train_stage(
         if group.is_main:
             inspect(options, reader, data, tokenizer)
         return 0
-    vlm = setup.build_model(options, origin, reader.spec, device)
+    # A single process trains plain tensors. Sharding moves a model to the device, one layer at a time.
+    sharded = group.world_size > 1 or options.offload
+    first = torch.device("cpu") if sharded else device
+    vlm = setup.build_model(options, origin, reader.spec, first)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
     setup.check_room(folder, options, vlm, origin, command)
@@ -138,6 +150,9 @@ def train_stage(
             return setup.keep_base(folder, facts, options, vlm)
 
         facts = group.broadcast(open_folder)
+        group.require_equal(lambda: starting_facts(folder, options, data, forward))
+        if sharded:
+            shard(vlm, group, device, options.shard, offload=options.offload)
         describe(folder, options, reader, data, forward, group)
         # torchrun passes on the Ctrl-C that a terminal has already sent to every process.
         with Interrupts(STOPPING if group.is_main else "", float(group.world_size > 1)) as stop:
@@ -165,6 +180,7 @@ def train_stage(
                 if group.is_main:
                     print(ending.stopped(folder, step, options, stop, command), file=sys.stderr)
                 return stop.exit_code
+            make_whole(vlm, group)
             with group.main_process_first():
                 if group.is_main:
                     used = data.schedule.trees.samples
@@ -213,11 +229,13 @@ def train(
     checkpoints = folder / run_folder.CHECKPOINTS
     done = saved = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
-        done = saved = checkpoint.load(newest, vlm, optimizer)["step"]
+        done = saved = checkpoint.load(newest, vlm, optimizer, group)["step"]
         say(f"resuming after step {done}: {newest}")
     used = data.schedule.trees.samples
     trainable = [p for p in vlm.parameters() if p.requires_grad]
-    group.require_equal(lambda: starting_facts(options, data, forward, done))
+    # Processes with one part of the model have it twice, and it must be equal.
+    part = part_number(vlm)
+    group.require_equal(lambda: {"model": fingerprint(trainable)}, part)
     log = open_log(folder, options, group, run_id, done)
     # One process may drop a step that waits for data, as after a server is gone; several would disagree.
     stopping = stop.stopping if group.world_size == 1 else lambda: False
@@ -228,10 +246,7 @@ def train(
     try:
         for step, micro_batches in by_step(loader, done, options.max_steps):
             local = forward_backward(step, micro_batches, options.seed, forward, group)
-
-            # From here on every process takes part in every step, even one without micro-batches.
             totals = local.reduce(group, device, stop.received)
-            group.sum_gradients(trainable)
             norm = clip_gradients(trainable, options.max_grad_norm)
             refuse_non_finite(step, local, totals, norm, vlm, used, group)
             lr = set_rates(optimizer, rates, step)
@@ -258,10 +273,9 @@ def train(
             ):
                 log.held_out(done, *held_out_loss(options, reader, data, forward, group))
             if last or done % options.save_every == 0:
-                # Equal gradients keep the models equal, unless a process computes wrongly.
-                group.require_equal(lambda: {"model": fingerprint(trainable)})
-                if group.is_main:
-                    checkpoint.save(checkpoints, done, vlm, optimizer, meta)
+                # Equal gradients keep them equal, unless a process computes wrongly.
+                group.require_equal(lambda: {"model": fingerprint(trainable)}, part)
+                checkpoint.save(checkpoints, done, vlm, optimizer, meta, group)
                 saved = done
             if last:
                 stop.received = local.signal or None
@@ -270,7 +284,7 @@ def train(
     except (CacheError, StoppedWaitingError) as error:
         # A server that is gone, a damaged row or a signal: the weights are those of the last whole step.
         if done > saved and group.world_size == 1:
-            checkpoint.save(checkpoints, done, vlm, optimizer, meta)
+            checkpoint.save(checkpoints, done, vlm, optimizer, meta, group)
         if isinstance(error, CacheError):
             raise
         if not done:
@@ -295,24 +309,24 @@ def step_again(
     with load(options, reader, data.schedule, forward.device, step, step + 1, group) as loader:
         local = forward_backward(step, loader, options.seed, forward, group)
     totals = local.reduce(group, forward.device)
-    group.sum_gradients(trainable)
     return totals.loss, clip_gradients(trainable, options.max_grad_norm)
 
 
 def starting_facts(
-    options: Options, data: setup.Data, forward: Forward, done: int
+    folder: Path, options: Options, data: setup.Data, forward: Forward
 ) -> dict[str, object]:
-    """Return what must be equal on all processes, so that they train one model in the same steps."""
-    schedule_keys = ("run", "eval_every", "eval_samples", "save_every")
+    """Return what must be equal on all processes before they share a model: else they wait for each other."""
+    newest = checkpoint.newest(folder / run_folder.CHECKPOINTS)
     return {
-        "checkpoint": done,
+        "checkpoint": newest and newest.name,
         "samples": data.train.digest,
         "model": fingerprint(forward.vlm.parameters()),
+        "device": forward.device.type,
         "precision": str(forward.autocast),
         **{
             name: str(value)
             for name, value in vars(options).items()
-            if name in schedule_keys or name not in MACHINE_KEYS
+            if name in COMMON_KEYS or name not in MACHINE_KEYS
         },
     }
 
@@ -414,7 +428,10 @@ def describe(
         say(f"model     adapters: {size}, {forward.vlm.adapters}")
     say(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
     if group.world_size > 1:
-        say(f"processes {group.world_size}, each with its share of every step")
+        what = (
+            f"each with its share of every step; {SHARES[options.shard]} (--shard {options.shard})"
+        )
+        say(f"processes {group.world_size}, {what}")
 
 
 if __name__ == "__main__":

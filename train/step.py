@@ -25,7 +25,8 @@ from model.vlm import VLM
 from nanomolmo2.unpack import unpack
 from train.data.loader import MicroBatch
 from train.data.sample_list import SampleList
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
+from train.distributed.shard import free_weights, is_sharded, sync_gradients
 from train.metrics import StepTotals, memory_gib
 from train.optim import broken_gradients
 
@@ -93,7 +94,10 @@ class Forward:
         """Return the autocast context for the forward pass."""
         if self.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
+        # A layer's weights are used once, so casting them once saves nothing. Of a sharded model, the cast
+        # copies would stay in memory after the layer's weights have been freed.
+        keep = not is_sharded(self.vlm)
+        return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=keep)
 
     def loss_sums(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, float, int]:
         """Evaluate whole steps without gradients and without dropout.
@@ -112,6 +116,7 @@ class Forward:
                     weight += micro.step_weight if micro.last else 0.0
                     samples += micro.samples
         finally:
+            free_weights(self.vlm)
             self.vlm.train(was_training)
         return total, weight, samples
 
@@ -140,19 +145,16 @@ def choose_precision(wanted: str, device: torch.device, vlm: VLM) -> torch.dtype
 def by_step(
     micro_batches: Iterable[MicroBatch], first: int, stop: int
 ) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
-    """Yield every step of [first, stop) with this process's micro-batches of it, which may be none.
+    """Yield every step of [first, stop) with this process's micro-batches of it.
 
     The next micro-batch is requested only after the current one has been used, because the loader then
     reuses its buffer.
     """
     source = iter(micro_batches)
-    early: list[MicroBatch] = []  # the first micro-batch of a later step
 
     def of_step(number: int) -> Iterator[MicroBatch]:
-        while (micro := early.pop() if early else next(source, None)) is not None:
-            if micro.step != number:
-                early.append(micro)
-                return
+        for micro in source:
+            assert micro.step == number, "a step without micro-batches"
             yield micro
             if micro.last:
                 return
@@ -224,11 +226,16 @@ def forward_backward(
     forward: Forward,
     group: ProcessGroup,
 ) -> LocalStep:
-    """Add the gradients of this process's micro-batches of a step; return their losses and counts."""
+    """Compute the gradients of a step; return losses and counts of this process's micro-batches.
+
+    Gradients are summed over the processes during the backward pass of the last micro-batch. Every process
+    must call it, with equally many micro-batches.
+    """
     # Seeded for each step, so that a language model's dropout is the same after a resume.
     torch.manual_seed((seed << 32) + step * group.world_size + group.rank)
     local = LocalStep()
     for micro in micro_batches:
+        sync_gradients(forward.vlm, on=micro.last)
         loss = forward.loss(micro)
         loss.backward()
         local.add(micro, loss)
@@ -255,10 +262,16 @@ def refuse_non_finite(
         return
     loss, causes = local.non_finite()
     names = [samples.name_of(s) for s in causes[:SAMPLES_NAMED]]
-    reports = group.gather_objects([None if loss is None else str(loss), names, len(causes)])
+    parts = dict.fromkeys(broken_gradients(model))
+    reports, found = zip(
+        *group.gather_objects(
+            [[None if loss is None else str(loss), names, len(causes)], [*parts]]
+        ),
+        strict=True,
+    )
     if broken := [report for report in reports if report[0] is not None]:
         what = f"the loss is {broken[0][0]}"
-    elif where := broken_gradients(model):
+    elif where := [*dict.fromkeys(name for names in found for name in names)]:
         what = f"the gradient is not finite in {len(where)} parameters, first {where[0]}"
     else:
         what = f"the norm of the gradient is {norm}"

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 
 
 def main(name: str) -> None:

@@ -30,7 +30,7 @@ from tests.gpu.lines import Lines, Scale, peak_tflops, synchronize
 from tests.gpu.worlds import Decoder, World, spec_of
 from train.config import Options
 from train.data.loader import FeatureLoader, MicroBatch
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 from train.optim import build_optimizer, clip_gradients
 from train.step import Forward, forward_backward
 

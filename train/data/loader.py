@@ -8,6 +8,9 @@ Threads, not processes, read the rows: `preadv` and the checksum release the GIL
 between address spaces. Rows are read directly into a ring of reused buffers (page-locked for CUDA). Each
 distinct row of a micro-batch is read once; the rows of a video are neighbours on disk and take one read.
 
+Every rank has equally many micro-batches in a step, because a sharded model gathers its weights in each:
+ranks with fewer get micro-batches of one token that predicts nothing.
+
 R distinct rows of a micro-batch in one array (images or frames), N feature tokens in its sequence.
 """
 
@@ -29,7 +32,14 @@ from cache.store.reader import FeatureReader
 from cache.store.references import MEDIA_KINDS, within
 from model.attention.batch import PackedBatch
 from train.data.message_trees import TreeSlice
-from train.data.packing import TokenTree, TreeLayout, assemble, build_token_tree, first_fit
+from train.data.packing import (
+    TokenTree,
+    TreeLayout,
+    assemble,
+    build_token_tree,
+    first_fit,
+    nothing,
+)
 from train.data.sample_list import Ints, SampleList
 from train.data.schedule import Schedule, SinglePass, Step, split_by_rank
 
@@ -56,9 +66,9 @@ class MicroBatch:
     step_weight: float
     """Sum of the loss weights of the whole step, all ranks: the divisor of the loss sum."""
     samples: int
-    """Number of samples in this micro-batch."""
+    """Number of samples in this micro-batch; 0 in one that makes the ranks' numbers equal."""
     tokens: int
-    """Length of the sequence."""
+    """Length of the sequence, or 0 without samples."""
     wait_s: float
     """Seconds the trainer waited for this micro-batch."""
     layouts: tuple[TreeLayout, ...]
@@ -111,7 +121,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Job:
-    """A micro-batch to make."""
+    """A micro-batch to make; without slices, one that predicts nothing."""
 
     step: Step
     index: int
@@ -233,14 +243,20 @@ class FeatureLoader:
             stop = len(self._schedule)
         for number in itertools.count(start) if stop is None else range(start, stop):
             step = self._schedule.step(number)
-            own = split_by_rank(step.slices, self._world_size)[self._rank]
-            bins = first_fit([part.tokens for part in own], self._max_tokens)
-            for index, chosen in enumerate(bins):
-                yield _Job(step, index, index == len(bins) - 1, [own[i] for i in chosen])
+            shares = split_by_rank(step.slices, self._world_size)
+            bins = [
+                first_fit([part.tokens for part in share], self._max_tokens) for share in shares
+            ]
+            own, chosen = shares[self._rank], bins[self._rank]
+            count = max(map(len, bins))  # every rank computes it, so they need not ask each other
+            for index in range(count):
+                members = chosen[index] if index < len(chosen) else []
+                yield _Job(step, index, index == count - 1, [own[i] for i in members])
 
     def _make(self, job: _Job, slot: _Slot) -> MicroBatch:
         """Make one micro-batch, in a thread: pack its text, then read its rows."""
-        packed, layouts = assemble([self._tree(part) for part in job.slices])
+        trees = [self._tree(part) for part in job.slices]
+        packed, layouts = assemble(trees) if trees else (nothing(), ())
         media = np.array([m for tree in layouts for m in tree.media], dtype=np.int64)
         rows, order = feature_order(self._samples, media, self._reader.spec)
         if slot.copied is not None:  # the GPU may still be copying the previous rows
@@ -255,7 +271,7 @@ class FeatureLoader:
             last=job.last,
             step_weight=job.step.weight,
             samples=sum(len(part.members) for part in job.slices),
-            tokens=len(packed.input_ids),
+            tokens=sum(part.tokens for part in job.slices),
             wait_s=0.0,
             layouts=layouts,
             slot=slot,

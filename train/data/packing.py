@@ -214,3 +214,9 @@ def assemble(trees: Sequence[TokenTree]) -> tuple[PackedBatch, tuple[TreeLayout,
         units=torch.from_numpy(np.array(units, dtype=np.int64).reshape(-1, 4)),
     )
     return batch, tuple(layouts)
+
+
+def nothing() -> PackedBatch:
+    """Return a micro-batch of one token that predicts nothing: its loss is 0, and so is every gradient."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return PackedBatch.one_sample(one, torch.zeros(1), image=-1)

@@ -28,10 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cache.store.files import fsync_folder
 from configs import UserError, one_line
 from model.io.run_files import Count, read_json, refuse_links
+from train.distributed.group import ProcessGroup
 
 
 class State(TypedDict):
@@ -40,6 +42,7 @@ class State(TypedDict):
     step: Count
 
 
+ALONE = ProcessGroup()
 KEEP = 2
 """Checkpoints kept. If the newest is damaged, delete its folder: the run continues from the one before."""
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -57,12 +60,30 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    group: ProcessGroup = ALONE,
 ) -> Path:
     """Write the checkpoint after `step` steps below `folder`, and remove all but the newest two.
+
+    Every process must call it.
 
     Returns:
         The folder of the checkpoint.
     """
+    weights = {n: _whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+    moments = {name: _whole(value) for name, value in _moments(model, optimizer).items()}
+    with group.main_process_first():
+        if group.is_main:
+            _save(folder, step, weights, moments, state)
+    return folder / f"step-{step:08d}"
+
+
+def _save(
+    folder: Path,
+    step: int,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> None:
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     for path in folder.glob("step-*"):  # what a killed run left half-written or half-removed
@@ -70,7 +91,7 @@ def save(
             shutil.rmtree(path)
     partial.mkdir(parents=True)
     try:
-        _write(partial, model, optimizer, {**state, "step": step})
+        _write(partial, weights, moments, {**state, "step": step})
         partial.rename(final)
     except BaseException:
         shutil.rmtree(
@@ -82,18 +103,17 @@ def save(
         # First, so that a half-removed checkpoint does not count as complete.
         (old / COMMITTED).unlink()
         shutil.rmtree(old)
-    return final
 
 
 def _write(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: Mapping[str, Any],
 ) -> None:
     """Write and flush the files of a checkpoint."""
-    save_file(
-        {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad},
-        folder / MODEL,
-    )
-    save_file(_moments(model, optimizer), folder / OPTIMIZER)
+    save_file(weights, folder / MODEL)
+    save_file(moments, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     sizes = {name: (folder / name).stat().st_size for name in (MODEL, OPTIMIZER, STATE)}
     for name in sizes:
@@ -133,7 +153,12 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(committed(folder)), None)
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: ProcessGroup = ALONE,  # noqa: ARG001
+) -> dict[str, Any]:
     """Load a checkpoint into the model and the optimizer; return its state.json.
 
     Raises:
@@ -185,7 +210,7 @@ def _copy_weights(path: Path, model: nn.Module, names: Set[str] | None) -> None:
                     f"{differ[0]}; resume with the options the run was started with"
                 )
             for name in shapes:
-                parameters[name].copy_(stored.get_tensor(name))
+                parameters[name].copy_(_like(parameters[name], stored.get_tensor(name)))
     except SafetensorError as error:
         raise UserError(f"{path / MODEL}: {error}; {_remedy(path)}") from None
 
@@ -236,7 +261,9 @@ def _load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                     raise UserError(
                         f"{path}: {one_line(key, 80)} does not fit the model; {_remedy(path.parent)}"
                     )
-                state.setdefault(index[name], {})[moment] = stored.get_tensor(key)
+                value = stored.get_tensor(key)
+                value = _like(parameters[name], value) if shape else value
+                state.setdefault(index[name], {})[moment] = value
     except SafetensorError as error:
         raise UserError(f"{path}: {error}; {_remedy(path.parent)}") from None
     # load_state_dict puts each tensor on the device that AdamW, fused or not, needs it on.
@@ -248,3 +275,16 @@ def _load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor of which this process has a part."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+
+
+def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor, shared among the processes as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)

@@ -32,7 +32,7 @@ from model.vlm import VLM
 from train.config import Options, free_name
 from train.data.features import read_features
 from train.data.sample_list import SampleList
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 from train.metrics import read_metrics
 from train.stage import checkpoint
 from train.stage.origin import Origin

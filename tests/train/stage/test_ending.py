@@ -15,7 +15,7 @@ import torch
 from configs import UserError
 from configs.command_line import CommandLine
 from train.config import Options, free_name
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 from train.stage import ending
 
 COMMAND = CommandLine("python -m train.run", ("--features", "my cache"))
