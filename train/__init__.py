@@ -6,7 +6,7 @@ setup.py         space, model and data of a stage
 data/            from the cache to packed micro-batches
 step.py          the forward pass and the totals of a step
 optim.py         AdamW, learning rates, gradient clipping
-distributed.py   several processes that train one model
+distributed/     several processes that train one model: what they exchange, and how they share it
 stage/           the folder of a stage, its checkpoints, and the line that ends it early
 metrics.py       metrics.jsonl, the lines on the screen, trackers
 evaluate/, report/, demo.py   the other commands

@@ -41,6 +41,11 @@ MACHINE_KEYS = frozenset(
 )
 """Options for where and how fast a run computes, not what it learns: a resumed run may change them."""
 
+COMMON_KEYS = frozenset(
+    {"run", "eval_every", "eval_samples", "save_every", "max_tokens", "shard", "offload"}
+)
+"""Those of MACHINE_KEYS that no process may change alone: they decide what all processes do together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RemoteOptions):
@@ -118,8 +123,8 @@ class Options(RemoteOptions):
     use_gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: a sequence of 32 k tokens takes 1.8 instead of 65 GiB."""
     shard: Literal["none", "full", "node"] = "none"
-    """What each of several processes keeps of weights, gradients and optimizer state: `none`, all;
-    `full`, one part; `node`, a part of those of its machine. Changes memory and speed, not what is learned."""
+    """What each of several processes has of weights, gradients and optimizer state: `none`, all; `full`, a
+    part; `node`, a part of those of its machine. Changes memory and speed, not what is learned."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in the CPU's memory, and run AdamW there: the GPU has one
     layer at a time. For models that do not fit otherwise; slower."""
@@ -229,6 +234,12 @@ def _check_at_least(options: Options, least: int, names: tuple[str, ...]) -> Non
     for name in names:
         if getattr(options, name) < least:
             raise ValueError(f"{name} {getattr(options, name)} is below {least}")
+
+
+def common_options(options: Options) -> dict[str, str]:
+    """Return the options that all processes of a training have in common, as text."""
+    own = MACHINE_KEYS - COMMON_KEYS
+    return {name: str(value) for name, value in vars(options).items() if name not in own}
 
 
 def stage_folder(run: str, stage: int) -> Path:

@@ -41,7 +41,7 @@ from model.language.lora import adapter_parameters
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
 from train import metrics, setup
-from train.config import MACHINE_KEYS, SELECTORS, Options, preset, stage_folder
+from train.config import SELECTORS, Options, common_options, preset, stage_folder
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader, StoppedWaitingError
 from train.data.sample_list import ChangedSamplesError
@@ -67,14 +67,6 @@ seconds of steps ready, an interruption of seconds does not stop training."""
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
 INSPECTED = 2
 """Micro-batches that `--inspect` prints."""
-COMMON_KEYS = ("run", "eval_every", "eval_samples", "save_every", "max_tokens", "shard", "offload")
-"""Options that a resumed run may change, but not one process alone: they decide what all do together."""
-SHARES = {
-    "none": "each has the whole model",
-    "full": "each has a part of the model",
-    "node": "those of a machine share a model",
-}
-"""What `--shard` does, for the first lines on the screen."""
 SINGLE_PROCESS = ProcessGroup()
 
 
@@ -323,11 +315,7 @@ def starting_facts(
         "model": fingerprint(forward.vlm.parameters()),
         "device": forward.device.type,
         "precision": str(forward.autocast),
-        **{
-            name: str(value)
-            for name, value in vars(options).items()
-            if name in COMMON_KEYS or name not in MACHINE_KEYS
-        },
+        **common_options(options),
     }
 
 
@@ -428,10 +416,8 @@ def describe(
         say(f"model     adapters: {size}, {forward.vlm.adapters}")
     say(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
     if group.world_size > 1:
-        what = (
-            f"each with its share of every step; {SHARES[options.shard]} (--shard {options.shard})"
-        )
-        say(f"processes {group.world_size}, {what}")
+        shared = f"each with its share of every step; --shard {options.shard}"
+        say(f"processes {group.world_size}, {shared}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch.distributed.run import parse_args
 import configs
 from configs import UserError, dump, parse
 from tests.support import ROOT
-from train import distributed
 from train.config import SELECTORS, Options, parse_mix, preset
+from train.distributed import group
 
 
 def test_presets_depend_on_stage_and_hardware() -> None:
@@ -43,7 +43,7 @@ def test_presets_depend_on_stage_and_hardware() -> None:
 def test_torchrun_accepts_the_commands_in_the_documentation() -> None:
     import train.run
 
-    text = f"{train.run.__doc__}\n{distributed.__doc__}\n"
+    text = f"{train.run.__doc__}\n{group.__doc__}\n"
     text += (ROOT / "docs" / "TRAINING_PIPELINE.md").read_text()
     shown = re.findall(r"^ *torchrun (.*?)(?:  +#.*)?$", text, re.MULTILINE)
     assert len(shown) >= 4

@@ -226,10 +226,10 @@ class ProcessGroup:
     def main_process_first(self) -> Iterator[None]:
         """Run the body in the main process, then in the others. Every process must call it."""
         if not self.is_main:
-            self.gather_numbers([])
+            self.gather_numbers([0])
         yield
         if self.is_main:
-            self.gather_numbers([])
+            self.gather_numbers([0])
 
     def require_equal(self, facts: Callable[[], Mapping[str, Any]], part: int = 0) -> None:
         """Check that processes with equal `part` have equal facts (JSON). Every process must call it.

@@ -4,10 +4,10 @@
     sync_gradients(vlm, on=micro.last)                   # before the backward pass of each micro-batch
     make_whole(vlm, group)                               # at the end: plain tensors, on the main process
 
-Each decoder layer is a unit, and all the rest (embeddings, head, norm, connector) is the root. A unit's weights
-are gathered before they are used and freed afterwards; its gradients are summed as soon as the backward pass
-of a step's last micro-batch has them, while that of other layers goes on. Every function here accepts a model
-that was not sharded, too: a single process trains plain tensors.
+Each decoder layer is a unit, and all the rest (embeddings, head, norm, connector) is the root. The weights of
+a unit are gathered before they are used and freed afterwards; its gradients are summed as soon as the
+backward pass of a step's last micro-batch has them, while that of other layers goes on. Every function also
+accepts a model that was not sharded: a single process trains plain tensors.
 
     none    mesh (processes, 1): each process has everything; gradients are summed
     full    mesh (processes,): each process has one part of everything
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import HashStore
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -72,7 +73,7 @@ def shard(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        connect(dist.HashStore(), 0, 1)
+        connect(HashStore(), 0, 1)
     names = (REPLICATE, SHARD)[-len(shape) :]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # Only CUDA copies faster from pinned memory, and only there can it be pinned.
@@ -139,7 +140,7 @@ def make_whole(model: nn.Module, group: ProcessGroup) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 if parameter not in whole:
-                    full = parameter.detach().full_tensor()
+                    full = parameter.full_tensor().detach()
                     kept = full.cpu() if group.is_main else full.new_empty(0)
                     whole[parameter] = nn.Parameter(kept, parameter.requires_grad)
                 setattr(module, name, whole[parameter])

@@ -1,6 +1,6 @@
-"""Training in two processes: equal to one process, and ending together. Real torchrun, gloo, a tiny model.
+"""Training in several processes: equal to one process, and ending together. Real FSDP2, gloo, a tiny model.
 
-torchrun --nproc-per-node 2 -m train.run -- --stage 1 --features cache
+torchrun --nproc-per-node 4 -m train.run -- --stage 1 --features cache --shard full
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,9 @@ import torch
 from safetensors.torch import load_file
 
 from cache.store.paths import CacheRoot
+from cache.store.samples import Sample, write_samples
 from model.io.saved_model import META
-from tests.integration.train.distributed_child import Outcome, Scene
+from tests.integration.train.distributed_child import EXCHANGES, Scene, outcomes, run_scenes
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train.run import main
@@ -37,8 +40,31 @@ WORDS = [
     *("--max-steps", str(STEPS), "--save-every", "8", "--eval-every", "8"),
 ]
 TWO = ["--batch-size", "5", "--max-tokens", "64", "--max-sequence-length", "64"]
-SCARCE = ["--batch-size", "3", "--processes", "1"]
-"""Three samples a step and trees of two samples: every other step has a single tree."""
+WHOLE = ["--batch-size", "10", "--processes", "1"]
+MIX = [
+    *("--datasets", "colors=0.3,films=0.2,texts=0.5", "--batch-size", "4", "--processes", "1"),
+    *(
+        "--max-tokens",
+        "80",
+        "--max-sequence-length",
+        "80",
+        "--max-steps",
+        "12",
+        "--eval-every",
+        "6",
+    ),
+    *("--use-gradient-checkpointing", "--held-out", "0.2"),
+]
+"""Four samples a step: trees of an image and its two samples, clips, texts without media."""
+SHARED = {
+    "none-2": Scene(name="none-2", words=["--shard", "none"]),
+    "none-4": Scene(name="none-4", words=["--shard", "none"], processes=4),
+    "full-4": Scene(name="full-4", words=["--shard", "full"], processes=4),
+    "node-4": Scene(name="node-4", words=["--shard", "node"], processes=4, a_machine=2),
+    "offload-2": Scene(name="offload-2", words=["--shard", "full", "--offload"]),
+    "offload-1": Scene(name="offload-1", words=["--offload"], processes=1),
+}
+"""Trainings that have to equal that of one process without --offload."""
 TOLERANCE = 1e-6
 
 
@@ -70,25 +96,48 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
 
 
 @pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the command line of a training on images, clips and texts."""
+    folder = tmp_path_factory.mktemp("mixed")
+    root = trained_runs.make(folder, 24)
+    trained_runs.film(folder, 12)
+    asked = [
+        Sample(id=f"{i}", dataset="texts", messages=trained_runs.turns("Name a colour.", color))
+        for i, color in enumerate([*trained_runs.COLORS] * 6)
+    ]
+    write_samples(root, "texts", asked)
+    return [*WORDS, *MIX, "--features", str(root.path)]
+
+
+@pytest.fixture(scope="module")
 def place(
     cache: CacheRoot,
+    mixed: list[str],
     broken: CacheRoot,
-    damaged: CacheRoot,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Path]:
-    """Run every scene; return the folder with runs/one-* of one process and runs/two-* of two processes."""
+) -> Path:
+    """Run every scene; return the folder with runs/one-* of one process and the others of several."""
     place = tmp_path_factory.mktemp("processes")
     words = [*WORDS, "--features", str(cache.path)]
     chain = [*words, *TWO, "--run", "two-chain", "--resume"]
     with contextlib.chdir(place):
-        assert main([*words, *TWO, "--batch-size", "10", "--run", "one-whole"]) == 0
-        assert main([*words, *SCARCE, "--run", "one-scarce"]) == 0
+        assert main([*words, *TWO, *WHOLE, "--run", "one-whole"]) == 0
+        assert main([*mixed, "--run", "one-mixed"]) == 0
         scenes = [
-            Scene(name="whole", words=[*words, *TWO, "--run", "two-whole"]),
-            Scene(name="scarce", words=[*words, *SCARCE, "--run", "two-scarce"]),
-            Scene(name="chain-a", words=chain, stop_after=8),
-            Scene(name="chain-b", words=chain, stop_after=16, alone=True),
+            *(
+                replace(scene, words=[*mixed, *scene.words, "--run", name])
+                for name, scene in SHARED.items()
+            ),
+            *(Scene(name=n, words=[n], processes=3) for n in EXCHANGES),
+            Scene(
+                name="whole",
+                words=[*words, *TWO, *WHOLE, "--shard", "full", "--run", "four-whole"],
+                processes=4,
+            ),
+            Scene(name="chain-a", words=[*chain, "--shard", "full"], stop_after=8),
+            Scene(name="chain-b", words=chain, stop_after=16, processes=1),
             Scene(name="chain-c", words=["--run", "two-chain", "--resume", *words[-2:]]),
+            Scene(name="gone", words=[*words, "--run", "gone", "--shard", "full"], killed_after=2),
             Scene(
                 name="nan",
                 words=[*words, "--run", "nan", "--held-out", "0", "--features", str(broken.path)],
@@ -99,32 +148,11 @@ def place(
             Scene(name="busy", words=[*words, "--run", "busy"]),
             Scene(name="drift", words=[*words, "--run", "drift"], drifting=True),
             Scene(name="inspect", words=[*words, "--run", "inspect", "--inspect"]),
-            Scene(
-                name="damaged",
-                words=[*WORDS, "--held-out", "0", "--features", str(damaged.path)],
-                final=True,
-            ),
         ]
-        scene_file = place / "scenes.json"
-        scene_file.write_text(json.dumps([asdict(scene) for scene in scenes]))
         with run_folder.lock(place / "runs" / "busy" / "stage1"):
-            done = subprocess.run(
-                torchrun("tests.integration.train.distributed_child", str(scene_file)),
-                env=ENVIRONMENT,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-    assert done.returncode == 1, done.stderr  # the last scene ends with an error
-    (place / "stderr").write_text(done.stderr)
-    yield place
-
-
-def outcomes(place: Path, name: str) -> list[Outcome]:
-    return [
-        Outcome(**json.loads(path.read_text())) for path in sorted(place.glob(f"{name}-[01].json"))
-    ]
+            done = run_scenes(place, scenes)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return place
 
 
 def run_of(place: Path, name: str) -> Path:
@@ -134,31 +162,59 @@ def run_of(place: Path, name: str) -> Path:
 # ---- equal training
 
 
-@pytest.mark.parametrize("name", ["whole", "scarce"])
-def test_two_processes_train_the_model_that_one_process_trains(place: Path, name: str) -> None:
-    one, two = run_of(place, f"one-{name}"), run_of(place, f"two-{name}")
-    assert [o.code for o in outcomes(place, name)] == [0, 0]
-    assert len(losses(one)) == len(losses(two)) == STEPS
-    assert losses(one)[-1] < losses(one)[0] - 0.5  # training lowers the loss
-    assert losses(two) == pytest.approx(losses(one), rel=TOLERANCE)
-    assert losses(two, "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=1e-4)
-    assert losses(two, "held_out_loss") == pytest.approx(
+@pytest.mark.parametrize("name", SHARED)
+def test_several_processes_train_the_model_that_one_process_trains(place: Path, name: str) -> None:
+    """On trees, clips and texts, with steps of text alone and processes that are dealt nothing."""
+    one, several = run_of(place, "one-mixed"), run_of(place, name)
+    found = outcomes(place, name)
+    assert [o.code for o in found] == [0] * SHARED[name].processes, found
+    assert_equal_trainings(one, several)
+    if SHARED[name].processes == 1:
+        assert losses(several) == losses(one)  # to the bit
+    steps = [list(zip(*step, strict=True)) for step in zip(*(o.parts for o in found), strict=True)]
+    assert len(steps) == 12
+    for micro_batches in steps:  # equally many in every process, and not all of them empty
+        assert all(any(samples for samples, _ in same) for same in micro_batches)
+
+
+def assert_equal_trainings(one: Path, several: Path) -> None:
+    """Compare losses and gradient norms of every step, held-out losses, counts, and the final weights."""
+    assert losses(several) == pytest.approx(losses(one), rel=TOLERANCE)
+    assert losses(several, "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=TOLERANCE)
+    assert losses(several, "held_out_loss") == pytest.approx(
         losses(one, "held_out_loss"), rel=TOLERANCE
     )
     for what in ("samples", "tokens", "step", "epoch", "lr", "held_out_samples"):
-        assert losses(two, what) == losses(one, what), what
-    weights = load_file(two / "final" / "model.safetensors")
-    for key, expected in load_file(one / "final" / "model.safetensors").items():
-        torch.testing.assert_close(weights[key], expected, rtol=1e-4, atol=1e-5)
+        assert losses(several, what) == losses(one, what), what
+    for name in ("model.safetensors", "connector.safetensors"):
+        weights = load_file(several / "final" / name)
+        expected = load_file(one / "final" / name)
+        assert weights.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_processes_may_have_different_numbers_of_micro_batches_or_none(place: Path) -> None:
-    first, second = (o.parts for o in outcomes(place, "whole"))
-    assert len(first) == len(second) == STEPS
-    assert any(a != b for a, b in zip(first, second, strict=True))
-    assert min(first) > 1  # several micro-batches in every step
-    first, second = (o.parts for o in outcomes(place, "scarce"))
-    assert 0 in second and 1 in second and 0 not in first
+def test_the_steps_have_every_kind_that_could_make_processes_differ(place: Path) -> None:
+    found = outcomes(place, "full-4")
+    steps = list(zip(*(o.parts for o in found), strict=True))
+    media = [[sum(tokens for _, tokens in mine) for mine in step] for step in steps]
+    samples = [[sum(count for count, _ in mine) for mine in step] for step in steps]
+    assert any(not any(step) for step in media), "a step of text alone"
+    assert any(step.count(0) == 3 for step in media), "media in one process alone"
+    assert any(0 in step for step in samples), "a process that is dealt nothing"
+
+
+def test_processes_with_fewer_micro_batches_learn_the_same_task(place: Path) -> None:
+    one, several = run_of(place, "one-whole"), run_of(place, "four-whole")
+    found = outcomes(place, "whole")
+    assert [o.code for o in found] == [0] * 4
+    assert len(losses(one)) == STEPS
+    assert losses(one)[-1] < losses(one)[0] - 0.5  # training lowers the loss
+    assert losses(several) == pytest.approx(losses(one), rel=TOLERANCE)
+    steps = list(zip(*(o.parts for o in found), strict=True))
+    counts = [[sum(samples > 0 for samples, _ in mine) for mine in step] for step in steps]
+    assert any(max(step) > 1 and min(step) < max(step) for step in counts)
+    assert all(len({len(mine) for mine in step}) == 1 for step in steps)
 
 
 def test_a_run_of_two_processes_can_be_resumed_by_one_and_then_by_two(place: Path) -> None:
@@ -176,16 +232,30 @@ def test_a_run_of_two_processes_can_be_resumed_by_one_and_then_by_two(place: Pat
 
 
 def test_only_the_main_process_prints(place: Path) -> None:
-    main_process, other = outcomes(place, "whole")
+    main_process, other, *_ = outcomes(place, "whole")
     assert f"step {STEPS}/{STEPS}" in main_process.out and "held-out loss" in main_process.out
-    assert "processes 2, each with its share" in main_process.out
+    assert "processes 4, each with its share" in main_process.out
     assert other.out == "" and other.err == ""
+    assert "--shard full" in main_process.out
     main_process, other = outcomes(place, "inspect")
     assert "<|im_start|>assistant" in main_process.out
     assert other.out == ""
     main_process, other = outcomes(place, "help")
     assert "torchrun --nproc-per-node 4 -m train.run -- --stage 1" in main_process.out
     assert (main_process.code, other.code, other.out) == (0, 0, "")
+
+
+# ---- exchanges
+
+
+def test_values_are_gathered_by_rank_and_broadcast_from_the_main_process(place: Path) -> None:
+    expected = [[0, 100, 200], "made by 0", [None] * 3, [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]]]
+    assert [json.loads(o.err) for o in outcomes(place, "exchange")] == [expected] * 3
+
+
+def test_the_main_process_goes_first(place: Path) -> None:
+    first, *others = (json.loads(o.err) for o in outcomes(place, "main_first"))
+    assert first < min(others)
 
 
 # ---- ending together
@@ -200,20 +270,26 @@ def test_only_the_main_process_prints(place: Path) -> None:
         ("busy", "another trainer is at work on this stage"),
         ("drift", r"process 1 has another model than process 0 \(\w{16}, not \w{16}\)"),
         ("chain-a", "stopped in step 9"),
+        ("main_fails", "the disk is full"),
+        (
+            "difference",
+            r"process 2 has another step than process 0 \(4, not 3\); every process needs",
+        ),
     ],
 )
 def test_an_error_is_printed_once(place: Path, name: str, message: str) -> None:
     found = outcomes(place, name)
-    assert [o.code for o in found] == [2, 2]
-    lines = [line for o in found for line in o.err.splitlines()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert re.search(message, lines[0])
+    assert [o.code for o in found] == [2] * len(found) and len(found) > 1
+    said = "".join(o.err for o in found)
+    errors = re.findall("^error: .*", said, re.MULTILINE)
+    assert len(errors) == 1 and "Traceback" not in said, said
+    assert re.search(message, errors[0])
 
 
 def test_a_step_with_a_nan_changes_nothing(place: Path) -> None:
     folder = run_of(place, "nan")
-    error = next(o.err for o in outcomes(place, "nan") if o.err)
-    match = re.search(r"step (\d+)", error)
+    said = "".join(o.err for o in outcomes(place, "nan"))
+    match = re.search(r"error: step (\d+)", said)
     assert match is not None
     assert len(losses(folder)) == int(match[1]) - 1
     for path in checkpoint.committed(folder / "checkpoints"):
@@ -221,13 +297,51 @@ def test_a_step_with_a_nan_changes_nothing(place: Path) -> None:
     assert not (run_of(place, "drift") / "metrics.jsonl").exists()
 
 
-def test_damage_that_one_process_reads_ends_both(place: Path) -> None:
-    """What a user sees: each process exits with 2, torchrun exits with 1 after a report of its own."""
-    said = (place / "stderr").read_text()
+def test_the_end_of_another_process_is_one_line(place: Path) -> None:
+    [left] = outcomes(place, "gone")
+    assert left.code == 1
+    assert left.err.startswith("error: a process of this training is gone (killed, or its machine")
+    assert left.err.count("\n") <= 1 and "--resume continues from the last checkpoint" in left.err
+
+
+@pytest.mark.soak_counted
+def test_two_machines_of_torchrun_train_and_end_together(
+    place: Path,
+    mixed: list[str],
+    damaged: CacheRoot,
+    tmp_path: Path,
+    soak: Callable[[int, int], int],
+) -> None:
+    """Two torchruns on one machine: a training, then one in which a process reads a damaged row.
+
+    Each process exits with 2; torchrun exits with 1, after a report of its own.
+    """
+    a_machine = soak(1, 2)
+    reading = [*WORDS, "--held-out", "0", "--features", str(damaged.path)]
+    scenes = [
+        Scene(name="node", words=[*mixed, "--shard", "node", "--run", "node"]),
+        Scene(name="damaged", words=reading, final=True),
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def machine(number: int) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank"]
+        launcher += [str(number), "--nproc-per-node", str(a_machine), "--master-addr", "127.0.0.1"]
+        return run_scenes(tmp_path, scenes, *launcher, "--master-port", str(port), "-m")
+
+    with ThreadPoolExecutor() as threads:
+        done = list(threads.map(machine, range(2)))
+    said = "".join(one.stderr for one in done)
+    assert [one.returncode for one in done] == [1, 1], said
+    found = outcomes(tmp_path, "node")
+    assert [o.code for o in found] == [0] * (2 * a_machine), said
+    assert "--shard node" in found[0].out
+    assert_equal_trainings(run_of(place, "one-mixed"), run_of(tmp_path, "node"))
     lines = [line for line in said.splitlines() if "error: " in line]
     assert len(lines) == 1 and "row 17 fails its checksum" in lines[0], said
-    assert "failed (exitcode: 2)" in said
-    assert said.count("Traceback (most recent call last)") == 1, said  # torchrun's
+    assert said.count("failed (exitcode: 2)") == 2, said
 
 
 @pytest.mark.soak_counted

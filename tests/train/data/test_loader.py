@@ -133,6 +133,35 @@ def test_two_ranks_have_the_samples_of_one(mixed: World) -> None:
     assert triples(loader(0, 2)) + triples(loader(1, 2)) == triples(loader(0, 1))
 
 
+@pytest.mark.parametrize(("samples", "world"), [(4, 3), (16, 2), (16, 5)])
+def test_every_rank_has_equally_many_micro_batches_in_a_step(
+    mixed: World, samples: int, world: int
+) -> None:
+    """Each rank computes the number without asking the others. What is added has one token and no loss."""
+    joined = mixed.join("d", "e")
+    for schedule in (
+        TrainingSchedule(mixed.trees(joined, 64), samples, seed=4),
+        SinglePass(mixed.trees(joined, 64), samples),
+    ):
+        ranks = []
+        for rank in range(world):
+            options = {"max_tokens": 64, "stop": 6, "rank": rank, "world_size": world}
+            with mixed.load(schedule, **options) as loader:
+                # The text of a micro-batch stays when the next one is requested, its rows do not.
+                ranks.append([(m, m.codes["image"].shape[0]) for m in loader])
+        numbered = [[(m.step, m.index, m.last) for m, _ in rank] for rank in ranks]
+        assert numbered == [numbered[0]] * world
+        assert sum(last for _, _, last in numbered[0]) == 6
+        added = [(m, rows) for rank in ranks for m, rows in rank if not m.samples]
+        assert added
+        for micro, rows in added:
+            assert micro.packed.input_ids.tolist() == [0] and not len(micro.packed.targets)
+            assert (rows, micro.tokens, micro.sample_numbers, len(micro.order)) == (0, 0, (), 0)
+            assert micro.step_weight > 0
+        # Never in all ranks at once.
+        assert all(any(rank[i][0].samples for rank in ranks) for i in range(len(ranks[0])))
+
+
 def test_the_last_micro_batch_of_a_step_is_marked(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = SinglePass(mixed.trees(joined), 10)
