@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import HashStore
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -73,7 +72,7 @@ def shard(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        connect(HashStore(), 0, 1)
+        connect(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]  # torch exports it unseen
     names = (REPLICATE, SHARD)[-len(shape) :]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # Only CUDA copies faster from pinned memory, and only there can it be pinned.
