@@ -44,7 +44,7 @@ MACHINE_KEYS = frozenset(
 COMMON_KEYS = frozenset(
     {"run", "eval_every", "eval_samples", "save_every", "max_tokens", "shard", "offload"}
 )
-"""Those of MACHINE_KEYS that no process may change alone: they decide what all processes do together."""
+"""Options of MACHINE_KEYS that no process may change alone: they decide what all processes do together."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,11 @@ MIX = [
     *("--use-gradient-checkpointing", "--held-out", "0.2"),
 ]
 """Four samples a step: trees of an image and its two samples, clips, texts without media."""
+HIGH = [
+    *("--learning-rate", "1e12", "--connector-learning-rate", "1e12", "--warmup-steps", "0"),
+    *("--connector-warmup-steps", "0", "--save-every", "1"),
+]
+"""The first checkpoint is finite, but no rate trains it further."""
 SHARED = {
     "none-2": Scene(name="none-2", words=["--shard", "none"]),
     "none-4": Scene(name="none-4", words=["--shard", "none"], processes=4),
@@ -142,6 +147,7 @@ def place(
                 name="nan",
                 words=[*words, "--run", "nan", "--held-out", "0", "--features", str(broken.path)],
             ),
+            Scene(name="diverged", words=[*words, "--run", "diverged", "--shard", "full", *HIGH]),
             Scene(name="mistake", words=[*words, "--run", "x", "--space", "nothing"]),
             Scene(name="command", words=[*words, "--learning-rat", "1"]),
             Scene(name="help", words=["--help"]),
@@ -265,6 +271,7 @@ def test_the_main_process_goes_first(place: Path) -> None:
     ("name", "message"),
     [
         ("nan", r"step \d+: the loss is nan; samples .*colors/11-.* Nothing was updated"),
+        ("diverged", "The weights of step-00000001 had diverged too. Start again with lower rates"),
         ("mistake", "no space 'nothing' under"),
         ("command", "nearest: --learning-rate"),
         ("busy", "another trainer is at work on this stage"),

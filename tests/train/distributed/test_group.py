@@ -69,7 +69,7 @@ def test_exactly_one_process_is_the_first_to_fail() -> None:
 
 
 class FakeGroup(ProcessGroup):
-    """One of several processes, which knows what the others say."""
+    """One of several processes, with what all of them say."""
 
     def __init__(self, *said: object) -> None:
         super().__init__(0, len(said), 0, HashStore())

@@ -183,7 +183,7 @@ def test_integers_stay_whole() -> None:
 
 
 class FakeGroup(ProcessGroup):
-    """A process of several machines, which knows the numbers of the others."""
+    """A process of several machines, with the numbers of all."""
 
     def __init__(self, rank: int, counts: Sequence[int]) -> None:
         self.counts = counts
