@@ -69,7 +69,7 @@ def shard(
     shape = mesh_shape(kind, group)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--offload on {device.type}: is for a GPU of CUDA; leave it out")
-    if device.type == "cuda":
+    if device.index is not None:  # FSDP2 takes the present GPU
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         connect(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]  # torch exports it unseen
