@@ -126,9 +126,10 @@ def train_stage(
         if group.is_main:
             inspect(options, reader, data, tokenizer)
         return 0
-    # A single process trains plain tensors. Sharding moves a model to the device, one layer at a time.
+    # A single process trains plain tensors. Sharding moves a model to the device, one layer at a time, but
+    # weights of 4 bits, which are rounded there and which no process shares.
     sharded = group.world_size > 1 or options.offload
-    first = torch.device("cpu") if sharded else device
+    first = torch.device("cpu") if sharded and not options.load_in_4bit else device
     vlm = setup.build_model(options, origin, reader.spec, first)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)

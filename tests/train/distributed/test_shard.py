@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_is_found_in_a_part() -> None:
 
 
 def test_integers_stay_whole() -> None:
-    """As a base of 4 bits has them: each process keeps all of them."""
+    """A base of 4 bits has them, packed: each process keeps all of them."""
     vlm = model()
     layer = vlm.language.base_model.layers[0]
     layer.packed = torch.nn.Parameter(torch.arange(9, dtype=torch.uint8), requires_grad=False)
