@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FOLDER = Path(__file__).parent
+LONGEST_VALUE = 120
+"""Characters of a wrong value that an error shows, at most."""
 USER_ERROR_EXIT = 2
 # The exit code of argparse, and of most Unix commands, for a wrong command line.
 
@@ -236,13 +238,15 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if kind is bool:
             return value
     elif kind is float and isinstance(value, (int, str)):
-        with contextlib.suppress(ValueError):  # PyYAML (YAML 1.1) reads 1e-4 as text
+        # PyYAML (YAML 1.1) reads 1e-4 as text. An integer of 400 digits is no float.
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     elif kind is Path and isinstance(value, str):
         return Path(value)
     elif not args and isinstance(value, kind):
         return value
-    raise UserError(f"{where}: expected {kind if args else kind.__name__}, found {value!r}")
+    found = visible(repr(value), LONGEST_VALUE)
+    raise UserError(f"{where}: expected {kind if args else kind.__name__}, found {found}")
 
 
 def parse(

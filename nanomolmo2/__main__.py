@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "model.generate",
     "export": "model.export",
     "report": "train.report",
+    "compare": "train.compare",
     "demo": "train.demo",
     "ls": "cache.ls",
     "view": "cache.view",

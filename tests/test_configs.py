@@ -304,6 +304,7 @@ COMMANDS = [
     *("cache.ls", "cache.verify", "cache.gc", "cache.merge", "cache.convert", "cache.share"),
     *("cache.view", "cache.export", "encode.run", "encode.check.loss", "model.generate"),
     *("model.verify", "train.run", "train.evaluate", "train.report", "train.demo"),
+    "train.compare",
 ]
 
 

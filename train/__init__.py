@@ -9,7 +9,7 @@ optim.py         AdamW, learning rates, gradient clipping
 distributed/     several processes that train one model: what they exchange, and how they share it
 stage/           the folder of a stage, its checkpoints, and the line that ends it early
 metrics.py       metrics.jsonl, the lines on the screen, trackers
-evaluate/, report/, demo.py   the other commands
+evaluate/, report/, compare/, demo.py   the other commands
 """
 
 import configs  # noqa: F401  first of all imports: see configs.signals

@@ -166,7 +166,7 @@ class Options(RemoteOptions):
     eval_samples: int = 512
     """Held-out samples of each evaluation."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers, besides metrics.jsonl. wandb and trackio need `pip install nanomolmo2[track]`."""
+    """Trackers, besides metrics.jsonl: project nanoMolmo2. `pip install wandb`, `pip install trackio`."""
     read_threads: int = 4
     """Threads that read feature rows."""
     read_ahead: int = 4

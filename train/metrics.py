@@ -9,27 +9,39 @@ trainer waits. On resume, metrics.jsonl is cut at the checkpoint, so that it has
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import json
+import logging
 import math
 import resource
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import torch
 
 from cache.format.gate import fit, parse_json
 from cache.store.files import write_atomic
-from configs import UserError
+from configs import UserError, one_line
 from configs.console import duration_text
 from model.io.run_files import MOST_METRICS, Count, read_bytes
 
+log = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
-PROJECT = "nanomolmo2"
+PROJECT = "nanoMolmo2"
 """Name of the project in wandb and trackio."""
+WITHOUT = "; the training goes on without it"
+WAYS_OUT = {
+    "wandb": " (log in: wandb login, or keep the curves on this machine: WANDB_MODE=offline)"
+}
+CLOSE_S = 60.0
+"""Seconds that a tracker may take to write what is buffered."""
 GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes that getrusage counts in: KiB on Linux, bytes on macOS."""
@@ -69,6 +81,10 @@ class StepRecord(StepTotals):
     """Duration, seconds."""
 
 
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+"""Seconds or GiB."""
+
+
 class _Line(TypedDict):
     """A line of metrics.jsonl."""
 
@@ -77,22 +93,67 @@ class _Line(TypedDict):
 
 
 class _StepLine(_Line):
-    """The line of one optimizer step: what train.report and the ends of a run read of it."""
+    """The line of one optimizer step: what reports, comparisons and the ends of a run read of it."""
 
     loss: float
     lr: NotRequired[float]
     connector_lr: NotRequired[float]
     grad_norm: NotRequired[float]
-    step_s: NotRequired[float]
+    samples: NotRequired[Count]
+    tokens: NotRequired[Count]
+    step_s: NotRequired[Amount]
+    wait_s: NotRequired[Amount]
+    memory_gib: NotRequired[Amount]
 
 
-class Tracker(NamedTuple):
-    """A tool that draws curves."""
+class Tracker:
+    """A tool that draws curves. Training does not need it: its first failure is a warning, and its end."""
 
-    log: Callable[[Mapping[str, float], int], None]
-    """Add one point to each curve, at a step."""
-    close: Callable[[], None]
-    """Write what is buffered, and end."""
+    def __init__(
+        self,
+        name: str,
+        log: Callable[[Mapping[str, float], int], object],
+        close: Callable[[], object],
+        *,
+        after: int = 0,
+    ) -> None:
+        """Take over a tool that is open.
+
+        Args:
+            name: what `--log` calls it.
+            log: adds one point to each curve, at a step.
+            close: writes what is buffered, and ends.
+            after: step up to which it has every point, from the process that a resumed run continues.
+        """
+        self._name, self._log, self._close, self._after = name, log, close, after
+        self._works = True
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve, unless the tool has it or has failed."""
+        if self._works and step > self._after:
+            self._try(lambda: self._log(values, step))
+
+    def close(self) -> None:
+        """Write what is buffered, for at most CLOSE_S: without network, wandb would try for hours."""
+        if not self._works:
+            return
+        # trackio finds its run by a context variable.
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(self._try, self._close), daemon=True)
+        thread.start()
+        thread.join(CLOSE_S)
+        if thread.is_alive():
+            self._warn(f"not finished after {CLOSE_S:.0f} s, so its last points may be missing")
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._warn(_reason(error))
+
+    def _warn(self, reason: str) -> None:
+        self._works = False
+        log.warning("--log %s: %s%s", self._name, reason, WITHOUT)
 
 
 class RunLog:
@@ -215,30 +276,72 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def cut_metrics(folder: Path, step: int) -> None:
-    """Remove what was recorded after `step` steps, because a resumed run records it again."""
-    kept = [line for line in read_metrics(folder) if line["step"] <= step]
+def cut_metrics(folder: Path, step: int) -> int:
+    """Remove what was recorded after `step` steps, because a resumed run records it again.
+
+    Returns:
+        The last step that was recorded; 0 if none was.
+    """
+    lines = read_metrics(folder)
+    kept = [line for line in lines if line["step"] <= step]
     write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return max((line["step"] for line in lines), default=0)
 
 
 # ---- trackers
 
 
 def open_trackers(
-    names: Sequence[str], folder: Path, *, run_id: str, start: int, config: Mapping[str, Any]
+    names: Sequence[str],
+    folder: Path,
+    *,
+    run_id: str,
+    start: int,
+    recorded: int,
+    config: Mapping[str, Any],
 ) -> list[Tracker]:
-    """Open the trackers named by `--log`; a resumed run continues their curves after step `start`.
+    """Open the trackers named by `--log`; a resumed run continues their curves.
+
+    A tracker that cannot be opened is a warning.
+
+    Args:
+        names: of trackers.
+        folder: of the stage.
+        run_id: identifies the run, also after it is resumed.
+        start: step of the checkpoint that is continued; 0 at the start.
+        recorded: the last step that was recorded before.
+        config: the options of the run.
 
     Raises:
         UserError: a tracker's package is not installed.
     """
-    title = f"{folder.parent.name}-{folder.name}"
+    title = f"{folder.absolute().parent.name}-{folder.name}"
+    # As JSON, because a tracker may not take a path or a tuple.
+    plain = json.loads(json.dumps(dict(config), default=str))
+    wandb = {"name": title, "id": run_id, "resume": "allow", "dir": str(folder)}
+    # Without an answer the question for a key would keep a terminal waiting.
+    wandb["settings"] = {"login_timeout": 60}
+    # trackio finds a run by its name, and another folder may have one of this name.
+    trackio = {"name": f"{title}-{run_id}", "resume": "allow" if start else "never"}
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: _open_tensorboard(folder / "tb", start),
-        "wandb": lambda: _open_wandb(title, folder, run_id, config),
-        "trackio": lambda: _open_hosted("trackio", title, config),
+        "wandb": lambda: _open_hosted("wandb", recorded, config=plain, **wandb),
+        "trackio": lambda: _open_hosted("trackio", recorded, config=plain, **trackio),
     }
-    return [openers[name]() for name in dict.fromkeys(names)]
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            found.append(openers[name]())
+        except UserError:
+            raise
+        except Exception as error:
+            way_out = WAYS_OUT.get(name, "")
+            log.warning("--log %s: %s%s%s", name, _reason(error), WITHOUT, way_out)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error).rstrip(". ")
 
 
 def _open_tensorboard(folder: Path, start: int) -> Tracker:
@@ -249,36 +352,29 @@ def _open_tensorboard(folder: Path, start: int) -> Tracker:
     # Steps after the checkpoint are recorded again, so their old points are removed.
     writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
-    def log(values: Mapping[str, float], step: int) -> None:
+    def add(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return Tracker(log, writer.close)
+    return Tracker("tensorboard", add, writer.close)
 
 
-def _open_wandb(title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> Tracker:
-    """Open a run of Weights & Biases; a resumed run continues the run with its id."""
-    wandb = _import_tracker("wandb")
-    try:
-        return _open_hosted("wandb", title, config, dir=str(folder), id=run_id)
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--log wandb: {reason} (wandb login, or WANDB_MODE=offline)") from None
-
-
-def _open_hosted(name: str, title: str, config: Mapping[str, Any], **more: str) -> Tracker:
+def _open_hosted(package: str, recorded: int, **options: Any) -> Tracker:
     """Open a run of wandb or trackio (the local tracker by Hugging Face), which have one interface."""
-    module = _import_tracker(name)
-    module.init(project=PROJECT, name=title, config=dict(config), resume="allow", **more)
-    # Through the module: both document this, while not every trackio returns its run.
-    return Tracker(lambda values, step: module.log(dict(values), step=step), module.finish)
-
-
-def _import_tracker(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(package)
     except ImportError:
+        module = None
+    if not hasattr(module, "init"):  # a folder of this name in the working directory is no package
         raise UserError(
-            f"--log {name} needs a package that is not installed: pip install 'nanomolmo2[track]', "
-            "or use --log tensorboard"
-        ) from None
+            f"--log {package} needs a package that is not installed: pip install {package}, or use --log "
+            "tensorboard"
+        )
+    module.init(project=PROJECT, **options)
+    # Through the module: both document this, while not every trackio returns its run.
+    return Tracker(
+        package,
+        lambda values, step: module.log(dict(values), step=step),
+        module.finish,
+        after=recorded,
+    )

@@ -137,7 +137,8 @@ def train_stage(
     with run_folder.lock(folder) if group.is_main else contextlib.nullcontext():
 
         def open_folder() -> dict[str, Any]:
-            facts = run_folder.open_folder(folder, options, reader, data.train, command)
+            counts = parameter_counts(vlm)
+            facts = run_folder.open_folder(folder, options, reader, data.train, command, counts)
             meta = setup.model_meta(options, reader)
             facts = setup.keep_origin(folder, facts, origin, vlm, tokenizer, meta)
             return setup.keep_base(folder, facts, options, vlm)
@@ -326,9 +327,14 @@ def open_log(
     """Open the main process's log, without the steps that a killed run did after its checkpoint."""
     if not group.is_main:
         return metrics.NoLog()
-    metrics.cut_metrics(folder, done)
+    recorded = metrics.cut_metrics(folder, done)
     trackers = metrics.open_trackers(
-        options.log, folder, run_id=run_id, start=done, config=vars(options)
+        options.log,
+        folder,
+        run_id=run_id,
+        start=done,
+        recorded=recorded,
+        config=vars(options),
     )
     return metrics.RunLog(
         folder, every=options.log_every, last_step=options.max_steps, trackers=trackers

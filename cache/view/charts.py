@@ -29,6 +29,9 @@ BINS = 48
 MAX_POINTS = 480
 """Points of a line, at most: more cannot be seen, and a long run has 100,000 steps."""
 
+SMALLEST, LARGEST = 1e-300, 1e300
+"""Values that are drawn."""
+
 Values = npt.NDArray[np.floating]
 Point = tuple[float, float]
 
@@ -233,8 +236,12 @@ def _draw(axes: Axes | None, *, title: str, note: str = "", **values: object) ->
 
 
 def finite(points: Sequence[Point], *, positive: bool = False) -> list[Point]:
-    """Return the points that can be drawn: finite, and above 0 where `positive`."""
-    return [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not positive)]
+    """Return the points that can be drawn: finite, and above 0 where `positive`.
+
+    Near the limits of floats an axis has no ticks: beyond 1e300 counts as infinite, below 1e-300 as 0.
+    """
+    values = [(x, y if abs(y) >= SMALLEST else 0.0) for x, y in points if abs(y) <= LARGEST]
+    return [(x, y) for x, y in values if y > 0 or not positive]
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
@@ -245,12 +252,12 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [(float(x), float(y)) for x, y in (group.mean(axis=0) for group in groups)]
 
 
-def smoothed(points: Sequence[Point], half_life: float) -> list[Point]:
+def smoothed(points: Sequence[Point], half_life: float | None = None) -> list[Point]:
     """Return the exponential mean of points, without bias at the start.
 
-    The weight of a point is halved after `half_life` further points.
+    The weight of a point is halved after `half_life` further points; None: a 150th of all, at least 2.
     """
-    keep = 0.5 ** (1.0 / half_life)
+    keep = 0.5 ** (1.0 / (half_life or max(2.0, len(points) / 150)))
     result, total, weight = [], 0.0, 0.0
     for x, y in points:
         total, weight = keep * total + y, keep * weight + 1.0

@@ -54,7 +54,10 @@ def refuse_links(folder: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         for entry in entries:
-            mode = entry.stat(follow_symlinks=False).st_mode
+            try:
+                mode = entry.stat(follow_symlinks=False).st_mode
+            except FileNotFoundError:  # a training goes on there, and removes an old checkpoint
+                continue
             if stat.S_ISDIR(mode):
                 if entry.name not in LINKED:
                     pending.append(Path(entry.path))

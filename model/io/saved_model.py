@@ -356,14 +356,7 @@ def find_run(run: str, stage: int | None = None) -> Path:
     if (root / "final" / META).is_file():
         refuse_links(root)
         return root / "final"
-    if not root.is_dir() or not any(root.glob("stage*")):
-        root = RUNS / run
-    if not root.is_dir():
-        names = sorted(p.name for p in RUNS.glob("*") if any(p.glob("stage*")))
-        raise UserError(
-            f"no run {run} (looked in {root}){nearest(run, names)}; "
-            f"{'there are: ' + ', '.join(names) if names else 'train one: python -m train.run --stage 1'}"
-        )
+    root = find_root(run)
     found = {
         int(path.parent.parent.name.removeprefix("stage")): path.parent
         for path in root.glob(f"stage[0-9]/final/{META}")
@@ -377,6 +370,27 @@ def find_run(run: str, stage: int | None = None) -> Path:
             f"continue with: {command_text('python -m train.run', words)}"
         )
     return found[wanted]
+
+
+def find_root(run: str) -> Path:
+    """Return the folder of a run.
+
+    Args:
+        run: its path, or its name below runs/.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    root = Path(run)
+    if not root.is_dir() or not any(root.glob("stage*")):
+        root = RUNS / run
+    if not root.is_dir():
+        names = sorted(p.name for p in RUNS.glob("*") if any(p.glob("stage*")))
+        raise UserError(
+            f"no run {run} (looked in {root}){nearest(run, names)}; "
+            f"{'there are: ' + ', '.join(names) if names else 'train one: python -m train.run --stage 1'}"
+        )
+    return root
 
 
 def _features_of(root: Path, stage: int) -> list[str]:

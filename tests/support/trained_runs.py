@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -263,6 +268,55 @@ def samples(files: Path, images: int, dataset: str) -> list[Sample]:
 def losses(folder: Path, name: str = "loss") -> list[float]:
     """Return the training loss, or another value, of every step of a stage that has it."""
     return [line[name] for line in read_metrics(folder) if name in line]
+
+
+TRACKERS = {
+    "wandb": {
+        "init": "entity project dir id name notes tags config config_exclude_keys config_include_keys "
+        "allow_val_change group job_type mode force reinit resume resume_from fork_from save_code "
+        "tensorboard sync_tensorboard monitor_gym settings",
+        "log": "data step commit",
+        "finish": "exit_code",
+    },
+    "trackio": {
+        "init": "project name group space_id server_url dataset_id bucket_id config resume settings private "
+        "embed auto_log_gpu gpu_log_interval auto_log_cpu cpu_log_interval webhook_url webhook_min_level",
+        "log": "metrics step",
+        "finish": "",
+    },
+}
+"""Parameters of the functions of wandb 0.31 and trackio 0.43 that we call."""
+
+
+def record_tracker(
+    monkeypatch: pytest.MonkeyPatch, name: str, **instead: Callable[..., object]
+) -> dict[str, list[dict[str, Any]]]:
+    """Put a module that records its calls in the place of a tracker; return function -> its calls.
+
+    The functions take the parameters of the real ones. `instead` replaces some of them.
+    """
+    calls: dict[str, list[dict[str, Any]]] = {function: [] for function in TRACKERS[name]}
+    running: ContextVar[bool] = ContextVar("running", default=False)  # as in trackio
+
+    def function(of: str, parameters: list[str]) -> Callable[..., None]:
+        def recorded(*args: object, **kwargs: object) -> None:
+            assert of == "init" or running.get(), f"{name}.init() before {name}.{of}()"
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            assert given.keys() <= set(parameters), given
+            if of == "init":
+                json.dumps(given["config"])
+                running.set(True)
+            if of == "log":
+                given["values"] = given.pop(parameters[0])
+            calls[of].append(given)
+
+        return recorded
+
+    module = ModuleType(name)
+    for of, parameters in TRACKERS[name].items():
+        setattr(module, of, instead.get(of) or function(of, parameters.split()))
+    monkeypatch.setitem(sys.modules, name, module)
+    return calls
 
 
 class Toy(nn.Module):

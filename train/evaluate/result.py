@@ -87,7 +87,10 @@ def read(path: Path) -> Evaluation:
         values = read_json(path, dict[str, Any], f"make it again: {again}", not_finite=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; make it: {again}") from None
-    return configs.build(Evaluation, values, str(path))
+    try:
+        return configs.build(Evaluation, values, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; make it again: {again}") from None
 
 
 def card_rows(result: Evaluation) -> list[dict[str, Any]]:

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs import one_line
 from train.evaluate.intervals import Floats, Interval, interval, resampled_means, share_interval
 from train.evaluate.metrics import CAPTIONS, MEAN_ERROR, METRICS
+
+MOST_SCORE = 1e100
+"""The largest mean error; the other scores are shares. Sums and squares of scores stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,20 @@ class Answer:
     """Scores of `blind`."""
     blind_correct: bool | None = None
     """Whether the first score of `blind` is at least a half."""
+
+    def __post_init__(self) -> None:
+        names = METRICS.get(self.metric)
+        if names is None:
+            raise ValueError(
+                f"metric {one_line(self.metric, 40)!r} is none of {', '.join(METRICS)}"
+            )
+        for scores in (self.scores, self.blind_scores):
+            if scores is not None and len(scores) != len(names):
+                raise ValueError(
+                    f"{len(scores)} scores of the metric {self.metric}, not {len(names)}"
+                )
+            if not all(abs(score) <= MOST_SCORE for score in scores or ()):  # not of NaN, too
+                raise ValueError(f"a score is not finite, or beyond {MOST_SCORE:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,6 @@ def figures(result: Evaluation) -> list[tuple[str, str, str]]:
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """Return charts of the loss, the learning rates and the gradient norm over steps."""
     steps = [line for line in lines if "loss" in line]
-    half_life = max(2.0, len(steps) / 150)
 
     def line(name: str, label: str, style: str) -> Line:
         points = finite([(one["step"], one[name]) for one in steps if name in one])
@@ -240,7 +239,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
     def smooth(name: str, label: str) -> list[Line]:
         raw = line(name, "", "a thin faint")
-        return [raw, Line(label=label, points=smoothed(raw.points, half_life), style="a")]
+        return [raw, Line(label=label, points=smoothed(raw.points), style="a")]
 
     held = [(one["step"], one["held_out_loss"]) for one in lines if "held_out_loss" in one]
     loss = [

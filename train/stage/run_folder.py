@@ -26,7 +26,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -39,7 +39,7 @@ from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine
 from model.io.base_model import Base
-from model.io.run_files import META, Name, read_json, refuse_links
+from model.io.run_files import META, Count, Name, read_json, refuse_links
 from train.config import (
     MACHINE_KEYS,
     Options,
@@ -65,7 +65,7 @@ MODEL_KEYS = ("space", "llm", "connector")
 
 
 class Facts(TypedDict):
-    """Content of run.json."""
+    """Content of run.json; `parameters`: those that are trained, and all."""
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
     space: Name
@@ -75,6 +75,7 @@ class Facts(TypedDict):
     command: list[str]
     origin: tuple[str, str] | None
     base: NotRequired[Base]
+    parameters: NotRequired[tuple[Count, Count]]
 
 
 def is_finished(folder: Path) -> bool:
@@ -216,9 +217,23 @@ def _clear(folder: Path, but: str = "") -> None:
 
 
 def open_folder(
-    folder: Path, options: Options, reader: FeatureReader, train: SampleList, command: CommandLine
+    folder: Path,
+    options: Options,
+    reader: FeatureReader,
+    train: SampleList,
+    command: CommandLine,
+    counts: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
-    """Write the files of a new stage; return run.json."""
+    """Write the files of a new stage; return run.json.
+
+    Args:
+        folder: of the stage.
+        options: the resolved options.
+        reader: a reader of the space.
+        train: the training split.
+        command: the command line.
+        counts: part of the model -> its parameters that are trained, and all of them.
+    """
     # The place of the cache is saved for train.evaluate and train.report, wherever they run.
     features = is_url(options.features) or str(Path(options.features).absolute())
     if facts := read_facts(folder):
@@ -236,6 +251,7 @@ def open_folder(
         "samples_digest": train.digest,
         "command": list(command.words),
         "origin": None,
+        "parameters": [sum(column) for column in zip(*counts.values(), strict=True)],
     }
     # Saved by name, because data sets and spaces may be added to the cache later.
     shares = parse_mix(options.datasets)

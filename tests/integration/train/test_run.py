@@ -290,7 +290,7 @@ def test_a_tracker_that_is_not_installed(
     train: Callable[..., Path], tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, tracker, None)  # makes `import` raise ImportError
-    with pytest.raises(UserError, match=rf"--log {tracker} .* pip install 'nanomolmo2\[track\]'"):
+    with pytest.raises(UserError, match=rf"--log {tracker} .* pip install {tracker}, or"):
         train("--log", tracker, "--max-steps", "1")
 
 
@@ -351,6 +351,45 @@ def test_tensorboard_curves(train: Callable[..., Path], monkeypatch: pytest.Monk
     expected = [(i, pytest.approx(x, rel=1e-6)) for i, x in enumerate(losses(folder), 1)]
     assert points == expected  # one point a step, although steps 5 and 6 were recorded twice
     assert "held_out_loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_resumed_run_continues_in_the_run_of_its_tracker(
+    train: Callable[..., Path], tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = trained_runs.record_tracker(monkeypatch, tracker)
+    words = ["--max-steps", "6", "--log", tracker, "--log-every", "1", "--save-every", "4"]
+    folder = interrupted(
+        train, monkeypatch, *words
+    )  # after step 6; the checkpoint is that of step 4
+    train(*words, "--resume")
+    first, again = calls["init"]
+    assert first["project"] == again["project"] == "nanoMolmo2"
+    assert first["config"]["max_steps"] == 6
+    same = "id" if tracker == "wandb" else "name"
+    assert first[same] == again[same] and again["resume"] == "allow"
+    points = [
+        (one["step"], one["values"]["loss"]) for one in calls["log"] if "loss" in one["values"]
+    ]
+    assert points == list(enumerate(losses(folder), 1))  # each step once
+    assert len(calls["finish"]) == 2
+
+
+def test_training_goes_on_without_a_tracker_that_fails(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    for at in ("init", "log", "finish"):
+        calls = trained_runs.record_tracker(monkeypatch, "wandb", **{at: fail})
+        caplog.clear()
+        folder = train("--max-steps", "3", "--log", "wandb", "--log-every", "1", "--run", at)
+        warned = [record.getMessage() for record in caplog.records if "--log" in record.msg]
+        assert len(warned) == 1 and "\n" not in warned[0]
+        assert "--log wandb: no route to host; the training goes on without it" in warned[0]
+        assert len(losses(folder)) == 3 and run_folder.is_finished(folder)
+        assert len(calls["finish"]) == 0
 
 
 def interrupted(

@@ -23,6 +23,7 @@ from tests.support import trained_runs
 from tests.support.faults import NO_FILES, in_time, put_in_place
 from tests.support.trained_runs import BASE
 from train import run
+from train.compare import __main__ as comparing
 from train.data.sample_list import read_frozen
 from train.evaluate import __main__ as evaluation
 from train.evaluate.result import read
@@ -64,6 +65,7 @@ def words_of(place: Path) -> dict[str, tuple[ModuleType, list[str]]]:
         "from": (run, [*steps, "--run", "mine", "--from", "theirs"]),
         "evaluate": (evaluation, ["--run", "theirs", *features]),
         "report": (reporting, ["--run", "theirs", *features]),
+        "compare": (comparing, ["theirs", str(place / "runs" / "theirs")]),
         "generate": (generate, ["--run", "theirs", "--prompt", "Hello"]),
     }
 
