@@ -9,6 +9,7 @@ trainer waits. On resume, metrics.jsonl is cut at the checkpoint, so that it has
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import importlib
 import json
@@ -318,9 +319,14 @@ def open_trackers(
     title = f"{folder.absolute().parent.name}-{folder.name}"
     # As JSON, because a tracker may not take a path or a tuple.
     plain = json.loads(json.dumps(dict(config), default=str))
-    wandb = {"name": title, "id": run_id, "resume": "allow", "dir": str(folder)}
-    # Without an answer the question for a key would keep a terminal waiting.
-    wandb["settings"] = {"login_timeout": 60}
+    wandb = {
+        "name": title,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(folder),
+        # The question for a key would keep a terminal waiting for ever.
+        "settings": {"login_timeout": 60},
+    }
     # trackio finds a run by its name, and another folder may have one of this name.
     trackio = {"name": f"{title}-{run_id}", "resume": "allow" if start else "never"}
     openers: dict[str, Callable[[], Tracker]] = {
@@ -361,10 +367,9 @@ def _open_tensorboard(folder: Path, start: int) -> Tracker:
 
 def _open_hosted(package: str, recorded: int, **options: Any) -> Tracker:
     """Open a run of wandb or trackio (the local tracker by Hugging Face), which have one interface."""
-    try:
+    module: Any = None
+    with contextlib.suppress(ImportError):
         module = importlib.import_module(package)
-    except ImportError:
-        module = None
     if not hasattr(module, "init"):  # a folder of this name in the working directory is no package
         raise UserError(
             f"--log {package} needs a package that is not installed: pip install {package}, or use --log "

@@ -110,7 +110,8 @@ def read_runs(options: Options) -> tuple[list[StageRun], Split]:
     for at, place in enumerate(places):
         if place in places[:at]:
             raise UserError(f"{folders[at]} is given twice; leave one out")
-    split = options.split or next((s for s in SPLITS if _has_scores(folders, s)), "val")
+    split: Split = next((one for one in SPLITS if _has_scores(folders, one)), "val")
+    split = options.split or split
     return [
         read_run(folder, label, split)
         for folder, label in zip(folders, _labels(folders), strict=True)
