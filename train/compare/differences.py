@@ -133,9 +133,9 @@ class Paired:
     """The difference of two runs on the questions that both answered: `gain` of the scores."""
 
     tasks: tuple[Task, ...]
-    """Of each question type."""
+    """Each question type."""
     mean: Score | None
-    """Of the mean over question types except captions."""
+    """The mean over question types except captions."""
     questions: int
     """Questions in both."""
 

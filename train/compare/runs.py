@@ -68,13 +68,13 @@ class Course:
     """What metrics.jsonl says of a training."""
 
     losses: tuple[Point, ...]
-    """Of each step."""
+    """The training loss of each step."""
     held_out: tuple[Point, ...]
-    """Of each evaluation."""
+    """The held-out loss of each evaluation."""
     seconds: float
     """Duration of all steps, without evaluations and checkpoints."""
     wait_s: float
-    """Of these, waiting for data."""
+    """Seconds of waiting for data among these."""
     tokens: int
     """Tokens trained on."""
     memory_gib: float
