@@ -26,6 +26,7 @@ from cache.errors import EmbeddedMediaError
 from cache.format.gate import check_regular, open_regular
 from configs import UserError, nearest, one_line, yaml_text
 from model.io.hub import unreachable
+from model.language.files import hub_error
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def _download(name: str, repository: str, config: str, patterns: Sequence[str]) 
         )
     # The client raises its own errors, those of its HTTP library and those of its Rust library.
     except Exception as error:
-        reason = f"it is not on this machine, and {why}" if why else one_line(error)
+        reason = f"it is not on this machine, and {why}" if why else hub_error(error)
         raise UserError(
             f"data set {name} ({repository} on the hub): {reason}; {_without_hub(repository, config)}"
         ) from error
@@ -358,7 +359,7 @@ def _listing(name: str, repository: str, config: str, folder: Path) -> list[str]
         found = huggingface_hub.HfApi().list_repo_files(repository, repo_type="dataset")
     except Exception as error:  # as in `download`
         raise UserError(
-            f"data set {name} ({repository} on the hub): {one_line(error)}; "
+            f"data set {name} ({repository} on the hub): {hub_error(error)}; "
             f"{_without_hub(repository, config)}"
         ) from error
     if not any(path.endswith(TABLES) for path in found):

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from configs import UserError, one_line
+from model.language.files import hub_error
 
 TOWER_FILES = (
     "config.json",
@@ -61,7 +62,7 @@ def fetch(hub_path: str, *, encoder: str) -> Path:
         except RemoteEntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
+            raise UserError(f"encoder {encoder}: {hub_error(error)}; {way_out}") from None
     raise UserError(f"encoder {encoder}: {repo} has none of {', '.join(names)}; {way_out}")
 
 
@@ -90,7 +91,7 @@ def fetch_folder(repo: str, *, encoder: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*TOWER_FILES]))
     except (OSError, ValueError) as error:
-        raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
+        raise UserError(f"encoder {encoder}: {hub_error(error)}; {way_out}") from None
 
 
 def unreachable() -> str:

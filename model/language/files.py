@@ -4,7 +4,7 @@
     tensors = read_header(folder / "model.safetensors")     # name -> StoredTensor, without reading values
 
 Every fault is a `UserError` of one line that starts with the file's path. Sizes are checked before memory is
-allocated, and nothing is unpickled.
+allocated, and nothing is unpickled. `hub_error` says why the hub did not give a file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
 from cache.format.gate import open_regular, parse_json, read_regular, what_is
 from configs import UserError, one_line
 
+NEEDS_LOGIN = "no such repository, or it needs a login: hf auth login"
+"""What the answers 401 and 403 of the hub mean."""
 AGAIN = "download it again"
 """End of an error about a file that was not copied whole."""
 LONGEST_JSON = 256 << 20
@@ -245,3 +249,10 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
             f"tensor {one_line(name)}: shape {shape} in {dtype} does not fill bytes {offsets}"
         )
     return offsets[0], offsets[1]
+
+
+def hub_error(error: Exception) -> str:
+    """Return an error of the hub's client in one line. Its own text is long, and names the login last."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on its page of the hub, then log in: hf auth login"
+    return NEEDS_LOGIN if isinstance(error, RepositoryNotFoundError) else one_line(error)

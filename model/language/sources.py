@@ -15,9 +15,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-from configs import UserError, one_line
+from configs import UserError
 from model.language.checkpoint import INDEX, WAY_OUT, WEIGHTS, shard_names
-from model.language.files import AGAIN, check_folder
+from model.language.files import AGAIN, NEEDS_LOGIN, check_folder, hub_error
 
 HUB_TIMEOUT_S = 5.0
 """Seconds without an answer before the hub counts as unreachable."""
@@ -60,7 +60,7 @@ def local_folder(source: str, *, weights: bool, way_out: str = WAY_OUT) -> Path:
             source, allow_patterns=patterns, ignore_patterns=list(ELSEWHERE)
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be downloaded: {one_line(error)}; {way_out}") from None
+        raise UserError(f"{source}: cannot be downloaded: {hub_error(error)}; {way_out}") from None
     return Path(found)
 
 
@@ -129,7 +129,7 @@ def _hub_problem(source: str) -> str:
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):  # noqa: S310  the hub's own https
             return ""
     except urllib.error.HTTPError as error:
-        login = " (no such model, or it needs a login: hf auth login)"
-        return f"huggingface.co returns {error.code}{login if error.code in (401, 403) else ''}"
+        login = f" ({NEEDS_LOGIN})" if error.code in (401, 403) else ""
+        return f"huggingface.co returns {error.code}{login}"
     except (OSError, http.client.HTTPException) as error:
         return f"huggingface.co cannot be reached: {getattr(error, 'reason', error)}"

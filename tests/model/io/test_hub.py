@@ -12,16 +12,23 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import open_clip
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import save_file
 
 from configs import UserError
 from model.io import hub
+from model.language import sources
 from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
@@ -120,6 +127,38 @@ def test_a_failed_download_gives_one_line(
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener}")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     refusal(2)
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (GatedRepoError, "it is gated: accept its terms .* then log in: hf auth login"),
+        (RepositoryNotFoundError, "it needs a login: hf auth login"),
+    ],
+)
+def test_a_model_that_needs_a_login_names_the_command(
+    error: Any, way_out: str, listener: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repo: str, *_: object, **__: object) -> str:
+        text = (
+            f"401 Client Error. (Request ID: {'x' * 200})\nAccess to {repo} is restricted. Log in."
+        )
+        raise error(text, response=NOT_FOUND.response)
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener}")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for fetch in (hub.fetch, hub.fetch_folder):
+        with pytest.raises(
+            UserError, match=rf"{way_out}; give org/tiny-clip as a local"
+        ) as refused:
+            fetch(PLACE.rstrip("/") if fetch is hub.fetch_folder else PLACE, encoder="tiny")
+        assert "\n" not in str(refused.value)
+    monkeypatch.setattr(sources, "_hub_problem", lambda source: "")  # as of a gated model
+    with pytest.raises(
+        UserError, match=rf"org/tiny: cannot be downloaded: .*{way_out}; give a local"
+    ):
+        sources.local_folder("org/tiny", weights=True)
 
 
 def test_weights_in_the_hub_cache_need_no_network(
