@@ -22,8 +22,8 @@ import configs
 from cache.store.samples import Split
 from configs import UserError
 from configs.command_line import command_text
-from model.io.run_files import Count, read_json, refuse_links
-from model.io.saved_model import META, find_root, read_meta
+from model.io.run_files import META, Count, read_json, refuse_links
+from model.io.saved_model import find_root, read_meta
 from train.config import Options, read_saved
 from train.evaluate.result import Evaluation, read
 from train.metrics import METRICS, read_metrics
