@@ -51,6 +51,7 @@ from train.distributed.shard import fingerprint, make_whole, part_number, shard
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
 from train.stage import checkpoint, ending, run_folder
 from train.stage.card import write_card
+from train.stage.saver import Saver
 from train.step import (
     Forward,
     NonFiniteError,
@@ -223,8 +224,9 @@ def train(
     checkpoints = folder / run_folder.CHECKPOINTS
     done = saved = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
-        done = saved = checkpoint.load(newest, vlm, optimizer, group)["step"]
+        done = saved = checkpoint.load(newest, vlm, optimizer)["step"]
         say(f"resuming after step {done}: {newest}")
+    saver = Saver(checkpoints, group, background=device.type != "cpu")
     used = data.schedule.trees.samples
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     # Processes with one part of the model have it twice, and it must be equal.
@@ -239,6 +241,7 @@ def train(
     started = time.perf_counter()
     try:
         for step, micro_batches in by_step(loader, done, options.max_steps):
+            saver.check()
             local = forward_backward(step, micro_batches, options.seed, forward, group)
             totals = local.reduce(group, device, stop.received)
             norm = clip_gradients(trainable, options.max_grad_norm)
@@ -269,21 +272,24 @@ def train(
             if last or done % options.save_every == 0:
                 # Equal gradients keep them equal, unless a process computes wrongly.
                 group.require_equal(lambda: {"model": fingerprint(trainable)}, part)
-                checkpoint.save(checkpoints, done, vlm, optimizer, meta, group)
+                saver.save(done, vlm, optimizer, meta)
                 saved = done
             if last:
+                saver.wait()
                 stop.received = local.signal or None
                 break
             started = time.perf_counter()
     except (CacheError, StoppedWaitingError) as error:
         # A server that is gone, a damaged row or a signal: the weights are those of the last whole step.
         if done > saved and group.world_size == 1:
-            checkpoint.save(checkpoints, done, vlm, optimizer, meta, group)
+            saver.save(done, vlm, optimizer, meta)
+            saver.wait()
         if isinstance(error, CacheError):
             raise
         if not done:
             raise KeyboardInterrupt from None
     finally:
+        saver.close()
         loader.close()
         log.close()
     return done

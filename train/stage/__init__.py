@@ -1,7 +1,9 @@
 """One stage of a run on disk.
 
     run_folder.py    the folder of a stage: created, locked, checked before it is resumed
-    checkpoint.py    what a resumed run continues from
+    checkpoint.py    what a resumed run continues from: files, and which of them count
+    shards.py        its tensors, written by each process in parts, read by any number of processes
+    saver.py         writes it while training goes on
     origin.py        what `--from` names: a run, a stage, a checkpoint or a finished model
     card.py          what the model was trained on, for model.export
     ending.py        how a training ends early: in one line, with the command that goes on

@@ -262,7 +262,7 @@ def describe(place: Path) -> str:
         return f"a language model, not a run of ours (give it as --llm {place})"
     if "spaces" in names:
         return f"a feature cache, not a run (give it as --features {place})"
-    if checkpoint.MODEL in names or checkpoint.STATE in names:
+    if checkpoint.STATE in names or any(map(checkpoint.TENSORS.fullmatch, names)):
         return "a checkpoint or a model that was not written to its end"
     if any((p / RUN).is_file() for p in (place, *place.glob("stage[0-9]"))):
         return "a run without a whole checkpoint, so nothing that it learned was saved"

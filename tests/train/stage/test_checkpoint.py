@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configs import UserError
 from tests.support.trained_runs import Toy
@@ -152,3 +153,37 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     wide = Toy(width=5)
     with pytest.raises(UserError, match="another model"):
         checkpoint.load(path, wide, build_optimizer(wide, OPTIONS))
+
+
+def test_the_steps_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """It wrote AdamW's steps as tensors beside the moments."""
+    model, optimizer = build()
+    train(model, optimizer, 0, 3)
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {})
+    as_earlier(path, torch.tensor(3.0))
+    again, optimizer_again = build()
+    assert checkpoint.load(path, again, optimizer_again) == {"step": 3}
+    assert train(again, optimizer_again, 3, 6) == train(model, optimizer, 3, 6)
+
+
+@pytest.mark.parametrize("step", [torch.tensor(torch.nan), torch.tensor(torch.inf), torch.ones(2)])
+def test_a_step_that_is_no_number_of_steps_is_refused(tmp_path: Path, step: torch.Tensor) -> None:
+    model, optimizer = build()
+    train(model, optimizer, 0, 3)
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {})
+    as_earlier(path, step)
+    with pytest.raises(UserError, match="remove it, and --resume") as refused:
+        checkpoint.load(path, model, optimizer)
+    assert "\n" not in str(refused.value)
+
+
+def as_earlier(path: Path, step: torch.Tensor) -> None:
+    """Change a checkpoint into one of the earlier version."""
+    state = json.loads((path / checkpoint.STATE).read_text())
+    names = state.pop(checkpoint.OPTIMIZER_STEPS)
+    (path / checkpoint.STATE).write_text(json.dumps(state))
+    steps = {f"{name}/step": step.clone() for name in names}
+    save_file(load_file(path / checkpoint.OPTIMIZER) | steps, path / checkpoint.OPTIMIZER)
+    files = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)
+    sizes = {name: (path / name).stat().st_size for name in files}
+    (path / checkpoint.COMMITTED).write_text(json.dumps(sizes))
