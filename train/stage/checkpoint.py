@@ -63,8 +63,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTIAL = ".partial"
 DIVERGED = "diverged-"
 """Begins the name of a checkpoint whose weights have diverged."""
-TENSOR_BYTES, STATE_BYTES = 600, 16 << 10
-"""Bytes beside the values: of each parameter (its name, four times), and of the JSON."""
+TENSOR_BYTES, STATE_BYTES = 1000, 16 << 10
+"""Bytes beside the values: of each parameter and process (its name, seven times), and of the JSON."""
 SINGLE_PROCESS = ProcessGroup()
 
 
@@ -116,7 +116,13 @@ def snapshot(
         if values := optimizer.state.get(parameter):  # it has been updated
             tensors |= {f"{name}/{moment}": values[moment] for moment in MOMENTS}
             steps[name] = int(values["step"])
-    return tensors, steps
+    # A single process has DTensors too, with --offload.
+    alone = {
+        name: value.to_local()
+        for name, value in tensors.items()
+        if isinstance(value, DTensor) and value.device_mesh.size() == 1
+    }
+    return tensors | alone, steps
 
 
 def write(
@@ -178,7 +184,8 @@ def _commit(partial: Path, final: Path, names: Iterable[str], state: Mapping[str
 def nbytes(model: nn.Module) -> int:
     """Return about how many bytes a checkpoint takes: the trained parameters and AdamW's two moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return sum(3 * p.nbytes + TENSOR_BYTES for p in trained) + STATE_BYTES
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return sum(3 * p.nbytes + TENSOR_BYTES * processes for p in trained) + STATE_BYTES
 
 
 def set_aside(path: Path) -> Path:
