@@ -36,6 +36,8 @@ def model() -> Toy:
 @pytest.fixture
 def optimizer(model: Toy) -> torch.optim.Optimizer:
     optimizer = build_optimizer(model, Options())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     return optimizer
