@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from cache.store.files import fsync_folder
 from configs import UserError, one_line
 from model.io.run_files import Count, read_json, refuse_links
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 from train.stage import shards
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs import one_line
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 from train.stage import checkpoint
 
 log = logging.getLogger(__name__)

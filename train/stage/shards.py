@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from configs import UserError
-from train.distributed import LostProcessError, ProcessGroup
+from train.distributed.group import ProcessGroup
 
 FILE_BYTES = 256 << 20
 """Bytes of a process's file, at most, or one tensor: safetensors builds a file in memory, twice."""
@@ -94,8 +94,8 @@ def write(
         process_group: their connection for this; None: the default one.
 
     Raises:
-        LostProcessError: another process has ended.
         Exception: the first failure of any process, raised in all of them.
+        RuntimeError: of gloo, if another process has ended.
     """
     writer = _Writer(folder, _files(tensors, group.world_size), begin, commit)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -103,9 +103,6 @@ def write(
         save(tensors, storage_writer=writer, planner=planner, process_group=process_group)
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
-    except RuntimeError as error:  # of gloo
-        reason = " ".join(str(error).split())
-        raise LostProcessError(f"process {group.rank}, checkpoint: {reason}") from error
 
 
 def _files(tensors: Mapping[str, Tensor], processes: int) -> dict[str, int]:

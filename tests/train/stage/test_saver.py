@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from configs import UserError
 from tests.support.trained_runs import Toy
 from train.config import Options
-from train.distributed import ProcessGroup
+from train.distributed.group import ProcessGroup
 from train.optim import build_optimizer
 from train.stage import checkpoint
 from train.stage.saver import Saver
