@@ -43,7 +43,7 @@ MALFORMED = (
 # ---- write
 
 
-class _Writer(HuggingFaceStorageWriter):
+class Writer(HuggingFaceStorageWriter):
     """Writes files of parts. The main process makes the folder first, and commits once all have written."""
 
     def __init__(
@@ -54,24 +54,28 @@ class _Writer(HuggingFaceStorageWriter):
         commit: Callable[[Iterable[str]], None],
     ) -> None:
         super().__init__(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-        self._folder, self._begin, self._commit = folder, begin, commit
+        self.folder, self._begin, self._commit = folder, begin, commit
 
     def prepare_local_plan(self, plan: Any) -> Any:
-        return plan  # the base class makes the folder here, in every process at once
+        """Make no folder, which the base class makes here, in every process at once."""
+        return plan
 
     def prepare_global_plan(self, plans: Any) -> Any:
+        """Make the folder; called in the main process alone."""
         self._begin()
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        if not self._folder.is_dir():
+        """Write this process's part."""
+        if not self.folder.is_dir():
             raise UserError(
-                f"{self._folder}: another process made this folder, and process {dist.get_rank()} does not "
+                f"{self.folder}: another process made this folder, and process {dist.get_rank()} does not "
                 "see it; the folder of a run must be on a disk that all machines share: --run PATH"
             )
         return super().write_data(plan, planner)
 
     def finish(self, metadata: Any, results: Any) -> None:  # noqa: ARG002  the base class's own arguments
+        """Commit; called in the main process alone, once every process has written."""
         self._commit(sorted({one.storage_data.relative_path for each in results for one in each}))
 
 
@@ -97,7 +101,7 @@ def write(
         Exception: the first failure of any process, raised in all of them.
         RuntimeError: of gloo, if another process has ended.
     """
-    writer = _Writer(folder, _files(tensors, group.world_size), begin, commit)
+    writer = Writer(folder, _files(tensors, group.world_size), begin, commit)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         save(tensors, storage_writer=writer, planner=planner, process_group=process_group)

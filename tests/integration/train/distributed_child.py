@@ -34,6 +34,8 @@ from configs import UserError
 from tests.support.trained_runs import ENVIRONMENT
 from train import run, setup, step
 from train.distributed.group import ProcessGroup, process_group
+from train.stage import shards
+from train.stage.saver import Saver
 
 MODULE = "tests.integration.train.distributed_child"
 LONGEST_S = 120
@@ -56,6 +58,10 @@ class Scene:
     """The step after which every process stops with an error."""
     killed_after: int | None = None
     """The step after which the last process ends without a word."""
+    killed_writing: int | None = None
+    """The number of steps whose checkpoint is being written when the last process ends without a word."""
+    background: bool = False
+    """Whether checkpoints are written while training goes on, as on a GPU."""
     drifting: bool = False
     """Whether the second process starts with different weights."""
     final: bool = False
@@ -136,6 +142,7 @@ def command(scene: Scene) -> int:
 def changed(scene: Scene, rank: int, parts: list[list[list[int]]]) -> Iterator[None]:
     """Patch the trainer as the scene says, and record the micro-batches of each step."""
     refuse, build = run.refuse_non_finite, setup.build_model
+    write_data = shards.Writer.write_data
 
     class Counted(step.LocalStep):
         def __init__(self) -> None:
@@ -153,6 +160,15 @@ def changed(scene: Scene, rank: int, parts: list[list[list[int]]]) -> Iterator[N
         if number == scene.killed_after and rank == scene.processes - 1:
             os._exit(9)
 
+    def write(writer: Any, *arguments: Any) -> Any:
+        is_last = rank == scene.processes - 1
+        if is_last and writer.folder.name.startswith(f"step-{scene.killed_writing or 0:08d}"):
+            os._exit(9)
+        return write_data(writer, *arguments)
+
+    def saver(folder: Path, group: ProcessGroup, *, background: bool) -> Saver:
+        return Saver(folder, group, background=background or scene.background)
+
     def drift(options: Any, *arguments: Any) -> Any:
         seed = options.seed + (rank if scene.drifting else 0)
         return build(replace(options, seed=seed), *arguments)
@@ -161,6 +177,8 @@ def changed(scene: Scene, rank: int, parts: list[list[list[int]]]) -> Iterator[N
         mock.patch.object(step, "LocalStep", Counted),
         mock.patch.object(run, "refuse_non_finite", stop),
         mock.patch.object(setup, "build_model", drift),
+        mock.patch.object(shards.Writer, "write_data", write),
+        mock.patch.object(run, "Saver", saver),
     ):
         yield
 

@@ -120,6 +120,7 @@ def place(
     mixed: list[str],
     broken: CacheRoot,
     tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Path:
     """Run every scene; return the folder with runs/one-* of one process and the others of several."""
     place = tmp_path_factory.mktemp("processes")
@@ -142,6 +143,9 @@ def place(
             Scene(name="chain-a", words=[*chain, "--shard", "full"], stop_after=8),
             Scene(name="chain-b", words=chain, stop_after=16, processes=1),
             Scene(name="chain-c", words=["--run", "two-chain", "--resume", *words[-2:]]),
+            *killed_scenes(
+                [*mixed, "--run", "killed"], 10 if request.config.getoption("--soak") else 2
+            ),
             Scene(name="gone", words=[*words, "--run", "gone", "--shard", "full"], killed_after=2),
             Scene(
                 name="nan",
@@ -159,6 +163,23 @@ def place(
             done = run_scenes(place, scenes)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     return place
+
+
+def killed_scenes(words: list[str], kills: int) -> list[Scene]:
+    """Return trainings of one run that are killed at random steps, in turn while a checkpoint is written."""
+    steps = sorted(random.Random(time.time_ns()).sample(range(1, 12), kills))
+    ends = [{("killed_after", "killed_writing")[i % 2]: step} for i, step in enumerate(steps)]
+    return [
+        Scene(
+            name=f"killed-{i}",
+            words=[*words, "--shard", "node", "--resume", "--save-every", "1"],
+            processes=4,
+            a_machine=2,
+            background=True,
+            **end,
+        )
+        for i, end in enumerate([*ends, {}])
+    ]
 
 
 def run_of(place: Path, name: str) -> Path:
@@ -235,6 +256,23 @@ def test_a_run_of_two_processes_can_be_resumed_by_one_and_then_by_two(place: Pat
         losses(one, "held_out_loss"), rel=TOLERANCE
     )
     assert losses(chain, "samples") == losses(one, "samples")
+
+
+@pytest.mark.soak_counted
+def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(place: Path) -> None:
+    """With an equal number of processes, also if it was killed while a checkpoint was written."""
+    kills = len(list(place.glob("killed-*-0.json"))) - 1
+    assert kills >= 2
+    for kill in range(kills):
+        left = outcomes(place, f"killed-{kill}")
+        assert len(left) == 3 and all(o.code for o in left)
+        assert sum(o.err.count("error: a process of this training is gone") for o in left) >= 1
+    assert [o.code for o in outcomes(place, f"killed-{kills}")] == [0] * 4
+    killed, whole = run_of(place, "killed"), run_of(place, "node-4")
+    for what in ("loss", "grad_norm", "held_out_loss"):
+        assert losses(killed, what) == losses(whole, what)
+    for name in ("model.safetensors", "connector.safetensors"):
+        assert (killed / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
 
 
 def test_only_the_main_process_prints(place: Path) -> None:
