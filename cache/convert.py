@@ -40,7 +40,7 @@ from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.space import Space, find_space, read_info
+from cache.store.space import Space, find_space, read_info, tail_bytes
 from configs import UserError, command, load, parse
 from configs.console import Meter, bytes_text, check_room
 from configs.text import say
@@ -128,7 +128,8 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
 def target_load(source: FeatureReader, spec: FeatureSpec) -> dict[str, Any]:
     """Return how to build the encoder of the new space: that of the source with another pooling."""
     load = {**source.load, "converted_from": source.paths.name}
-    if isinstance(encoder := load.get("encoder"), Mapping):
+    # With a tail, the pooling of the encoder's entry is what training does, and no row is pooled.
+    if isinstance(encoder := load.get("encoder"), Mapping) and spec.tail is None:
         pools = {"pool_image": spec.pool_image, "pool_frame": spec.pool_frame}
         load["encoder"] = {**encoder, **pools}
     return load
@@ -211,7 +212,8 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
         if options.plan:
             return []
         check_room(root.path, nbytes + rows * ROW_OVERHEAD, f"the space {spec.name}")
-        space = Space.create(root, spec, target_load(source, spec))
+        tail = tail_bytes(source.paths, source.spec)
+        space = Space.create(root, spec, target_load(source, spec), tail=tail)
         to_read = (len(found) * source.spec.row_bytes(a) for a, found in positions.items())
         meter = Meter("convert", sum(to_read))
         damaged = []

@@ -46,7 +46,7 @@ from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.space import Space, find_space, read_info
+from cache.store.space import Space, find_space, read_info, tail_bytes, tail_difference, write_tail
 from configs import UserError, command, parse
 from configs.console import Meter, bytes_text, check_room
 from configs.text import say
@@ -113,6 +113,9 @@ def plan_space(source: SpacePaths, paths: SpacePaths) -> SpacePlan:
     """
     there = FeatureReader(source)
     here = FeatureReader(paths) if paths.space_json.exists() else None
+    ours, theirs = (None if here is None else here.spec.tail), there.spec.tail
+    if ours is not None and theirs is not None and ours != theirs:
+        raise CacheError(f"{source.space_json}: {tail_difference(ours, theirs)}")
     return SpacePlan(
         source=there,
         paths=paths,
@@ -141,7 +144,9 @@ def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
 def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
     """Copy the rows of one space while holding its driver lock; return one error for each damaged row."""
     info = read_info(plan.source.paths)
-    paths = plan.paths
+    paths, tail = plan.paths, tail_bytes(plan.source.paths, info.spec)
+    if tail is not None:
+        write_tail(paths, info.spec, info.load, tail)
     if not paths.space_json.exists():
         # Keeps the source's shard size.
         write_atomic(paths.space_json, info_bytes(info), root=paths.cache_root)

@@ -84,7 +84,7 @@ def main() -> int:
 
 def _repair_lines(done: Repaired, root: CacheRoot) -> list[str]:
     """Return the lines that sum up a repair, and name the next commands."""
-    if not done.steps:
+    if not (done.steps or done.tails):
         return ["nothing to repair"]
     kept, lost = sum(done.kept.values()), sum(done.lost.values())
     lines = [f"repaired: {done.steps} findings, {kept:,} rows kept, {lost:,} removed"]
@@ -101,10 +101,13 @@ def _repair_lines(done: Repaired, root: CacheRoot) -> list[str]:
     for name in sorted(done.spaces):
         lines.append(f"{name} lacks rows now; to create them again, run")
         lines += _encode_lines(root, dataset_names(root), name)
+    for name in sorted(done.tails - done.spaces):
+        lines.append(f"{name} lacks its tail now; to write it again, run")
+        lines += _encode_lines(root, dataset_names(root)[:1] or [None], name)
     return lines
 
 
-def _encode_lines(root: CacheRoot, datasets: Sequence[str], space: str = "") -> list[str]:
+def _encode_lines(root: CacheRoot, datasets: Sequence[str | None], space: str = "") -> list[str]:
     """Return the command lines that encode data sets again, into one space or the last one."""
     info = None
     if space:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cache.format.codec import CODECS
-from cache.format.spec import FeatureSpec
+from cache.format.spec import ARRAYS, FeatureSpec
 from configs import UserError
 from configs.console import SPARE_BYTES, SPARE_TEXT, bytes_text, duration_text, table_text
 from encode.plan import Plan
@@ -69,6 +69,7 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
         lines.append(f"tower    {tower}: block {blocks} (from 0), fit: {spec.fit}, {size} pixels")
     lines += [
         f"space    {spec.name}: {stored}",
+        *tail_lines(spec),
         f"media    {plan.media} in {samples} samples: {todo}, {plan.reused} reused, {before}",
         f"rows     {at_most}{plan.rows}{parts}",
         f"disk     {at_most}{bytes_text(needed)} needed and {SPARE_TEXT}, {bytes_text(free)} free",
@@ -78,6 +79,25 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
         lines.append(f"time     {about(total)} ({speed.how})")
         lines.append(f"pays     {break_even(plan, spec, speed)}")
     return "\n".join(lines)
+
+
+def tail_lines(spec: FeatureSpec) -> list[str]:
+    """Return what training computes behind the stored block, and its price on disk; [] without a tail."""
+    tail = spec.tail
+    if tail is None:
+        return []
+    try:
+        more = [f"{spec.row_bytes(a) / spec.seen.row_bytes(a):.1f}" for a in ARRAYS]
+    except ValueError:  # the codec cannot store the features' width
+        more = [f"{spec.tokens(a) / spec.seen.tokens(a):.1f}" for a in ARRAYS]
+    what = "with CLS, " if spec.keep_cls else ""
+    count, size = len(tail.numbers), bytes_text(tail.nbytes(spec.width))
+    line = (
+        f"tail     {count} blocks behind block {tail.first - 1}, stored once ({size}), are computed in "
+        f"training; so rows are unpooled, {what}and take {more[0]} times the bytes of features for an image, "
+        f"{more[1]} times for a frame"
+    )
+    return [line]
 
 
 def break_even(plan: Plan, spec: FeatureSpec, speed: Speed) -> str:
@@ -134,7 +154,8 @@ def table(plan: Plan, spec: FeatureSpec, free: int) -> str:
 
 def variants(spec: FeatureSpec) -> Sequence[FeatureSpec]:
     """Return the specs of these features in every codec and every pooling that the grid allows."""
-    pools = [pool for pool in POOLS if spec.grid % pool == 0 and (pool == 1 or not spec.keep_cls)]
+    can_pool = not (spec.keep_cls or spec.tail)
+    pools = [pool for pool in POOLS if spec.grid % pool == 0 and (pool == 1 or can_pool)]
     return [replace(spec, codec=codec, pool_image=pool) for codec in CODECS for pool in pools]
 
 

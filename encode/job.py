@@ -46,6 +46,7 @@ from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log
 from encode.worker.messages import Registrar, Timings
 from encode.worker.worker import Worker
+from model.vision.tail_blocks import make_tail
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,15 @@ class Job:
         self._worker_class = worker_class
         self._encoder = config.load()
         self.spec = replace(self._encoder.spec(codec), container=container)
+        self._tail: bytes | None = None
+        if config.encoder.tail:
+            tail, self._tail = make_tail(
+                config.encoder,
+                self.spec,
+                random_weights=config.random_weights,
+                weights=config.weights,
+            )
+            self.spec = replace(self.spec, tail=tail)
         self.device_type = self._encoder.device.type
         self.paths = root.space(self.spec.name)
         self._present = Present()
@@ -138,7 +148,8 @@ class Job:
 
     def open_space(self, plan: Plan) -> None:
         """Create the space if it is new, complete what a crash left, and record the missing files."""
-        self._space = Space.create(self._root, self.spec, self._encoder.load_info())
+        load = self._encoder.load_info()
+        self._space = Space.create(self._root, self.spec, load, tail=self._tail)
         self._grow()
         for entry in clear_decode_log(self.paths):
             log.warning("an earlier job ended while it decoded %s", entry.source)

@@ -9,6 +9,7 @@ python -m encode.run --dataset pixmo --source lists           # from lists/pixmo
 python -m encode.run --dataset pixmo --retry-failed           # try again what failed
 python -m encode.run --dataset pixmo-cap --sample 1000        # 1,000 samples, spread over the data set
 python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
+python -m encode.run --dataset folder:photos --block 19 --tail      # the last blocks are trained later
 python -m encode.run --dataset folder:photos demo --plan      # print what it would cost, and stop
 python -m encode.run --check 50                               # encode 50 media again, compare with the stored
 python -m encode.run --list                                   # data sets by name, with their sizes
@@ -66,6 +67,11 @@ class Options:
     """Average n x n patches of an image before storing. Default: the encoder's entry."""
     frame_pool: int | None = None
     """Average n x n patches of a video's frame before storing. Default: the encoder's entry."""
+    block: int | None = None
+    """With --tail: the block (from 0) whose output is stored, unpooled and with CLS."""
+    tail: bool = False
+    """Store what --block N puts out, and once the blocks behind it, up to the features: train.run
+    --train-vision-blocks trains these, drops CLS and pools. Rows are larger: see --plan."""
     features: Path = Path("cache")
     """Folder of the feature cache."""
     source: Path | None = None
@@ -137,6 +143,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
+        if self.tail != (self.block is not None):
+            raise ValueError(
+                "--block N and --tail go together: which block is stored, and that training computes the rest"
+            )
         if self.limit is not None and self.sample is not None:
             raise ValueError(
                 "--limit takes the first samples, --sample some of all: use one of them"
@@ -245,6 +255,8 @@ def worker_config(options: Options) -> WorkerConfig:
     pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
     encoder = encoder_config(options.encoder, **pools)
     encoder.check_weights(options.weights, options.random_weights)
+    if options.block is not None:
+        encoder = encoder.with_tail(options.block)
     keep_media = options.keep_media
     return WorkerConfig(
         encoder=encoder,
@@ -274,13 +286,15 @@ def check(
     from encode.check.stored import check_space, choose_space
 
     encoder = config.encoder
-    wanted = {
+    wanted: dict[str, tuple[object, ...]] = {
         "container": (options.format,),
         "encoder": (encoder.space_name, f"random-{encoder.space_name}"),
         "codec": (options.codec,),
-        "pool_image": (encoder.pool_image,),
-        "pool_frame": (encoder.pool_frame,),
+        "pool_image": (1 if encoder.tail else encoder.pool_image,),
+        "pool_frame": (1 if encoder.tail else encoder.pool_frame,),
     }
+    if encoder.tail:
+        wanted["blocks"] = (encoder.blocks,)
     assert options.check is not None, "the caller checks it"
     folders = [folder for dataset in datasets for folder in dataset.folders]
     local = LocalMedia(root, media=options.media, folders=folders)

@@ -7,7 +7,7 @@
 
     vlm          connector and language model: what is trained
     connector    feature width to language width
-    loss         cross-entropy without all logits in memory
+    tail         the encoder's last blocks, if the cache has what precedes them
     quantize     feature rows packed and unpacked on any device
     inference    answers from features
     generate     the command: answers from images and videos

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from cache.format.spec import ARRAY_OF
 from model.attention.kernels import ATTENTION
 from model.language.chat_template import Message, fill_placeholders, prompt_ids, video_token_ids
 from model.language.tokenizer import eos_ids, image_id
@@ -38,7 +39,7 @@ class Video:
 
 
 Prompt = tuple[Sequence[Message], Iterable[Tensor | Video] | None]
-"""Messages, and the media for their placeholders, in order: (M, V) features of an image, or a Video.
+"""Messages, and the media for their placeholders, in order: (M, V) stored features of an image, or a Video.
 
 An (images, M, V) tensor counts as a sequence of images.
 """
@@ -88,7 +89,7 @@ def answer_ids(
     batch_size: int = 64,
 ) -> list[list[int]]:
     """Return the tokens of each answer, as `answer` does its text, without the token that ends it."""
-    prepared = [expand_prompt(tokenizer, prompt) for prompt in prompts]
+    prepared = [expand_prompt(tokenizer, through_tail(vlm, prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prepared[i][0]))
     answers: list[list[int]] = [[] for _ in prompts]
     device = vlm.language.get_input_embeddings().weight.device
@@ -104,6 +105,24 @@ def answer_ids(
             for i, row in zip(chosen, ids.tolist(), strict=True):
                 answers[i] = before_end(tokenizer, row)
     return answers
+
+
+def through_tail(vlm: VLM, prompt: Prompt) -> Prompt:
+    """Return a prompt with what the connector gets of its stored features; itself without a tail."""
+    messages, given = prompt
+    tail = vlm.tail
+    if tail is None or given is None:
+        return prompt
+    device = next(tail.parameters()).device
+    media: list[Tensor | Video] = []
+    with torch.inference_mode():
+        for one in given:
+            if isinstance(one, Video):
+                seen = tail.see(one.features.to(device), ARRAY_OF["video"])
+                media.append(Video(times_s=one.times_s, features=seen))
+            else:
+                media.append(tail.see(one.to(device).unsqueeze(0), ARRAY_OF["image"])[0])
+    return messages, media
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:

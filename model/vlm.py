@@ -1,4 +1,4 @@
-"""The trained part of the model: connector and language model, on cached features.
+"""The trained part of the model: connector and language model, on cached features, and perhaps a tail.
 
 T tokens in a packed batch, N of them features of images and frames, S supervised predictions, V vision width,
 D language width.
@@ -15,17 +15,25 @@ from model.attention.kernels import register_packed_attention
 from model.attention.plan import AttentionPlan
 from model.connector import build_connector
 from model.language import lora
+from model.language.loss import weighted_cross_entropy
 from model.language.model import load_language
-from model.loss import weighted_cross_entropy
+from model.tail import StoredRows, VisionTail
 
 
 class VLM(nn.Module):
-    """Connector and language model."""
+    """Connector and language model, and the encoder's last blocks if the cache has what precedes them."""
 
-    def __init__(self, language: PreTrainedModel, connector: nn.Module, vision_width: int):
+    def __init__(
+        self,
+        language: PreTrainedModel,
+        connector: nn.Module,
+        vision_width: int,
+        tail: VisionTail | None = None,
+    ):
         super().__init__()
         self.language = language
         self.connector = connector
+        self.tail = tail
         self.vision_width = vision_width
         self.flash = True
         """Whether CUDA may use a variable-length kernel; False: SDPA everywhere."""
@@ -35,14 +43,17 @@ class VLM(nn.Module):
         """`lora.weights_checksum` of the language model before it had adapters."""
         language.set_attn_implementation(register_packed_attention())
 
-    def loss(self, batch: PackedBatch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, batch: PackedBatch, features: Tensor | StoredRows | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of losses and the sum of weights, fp32 scalars.
 
         Only the first has a gradient.
 
         Args:
             batch: on the model's device.
-            features: (N, V) or (images, tokens, V), in the order of `batch.image_slots`; None without images.
+            features: (N, V) or (images, tokens, V), in the order of `batch.image_slots`, or the stored rows
+                of a space with a tail; None without images.
 
         Raises:
             ValueError: the number of features is not the number of image slots.
@@ -58,7 +69,7 @@ class VLM(nn.Module):
         )
         return total, batch.loss_weights.sum(dtype=torch.float32)
 
-    def hidden(self, batch: PackedBatch, features: Tensor | None) -> Tensor:
+    def hidden(self, batch: PackedBatch, features: Tensor | StoredRows | None) -> Tensor:
         """Return the final hidden states, (T, D)."""
         plan = AttentionPlan(batch.units, len(batch.input_ids), batch.input_ids.device, self.flash)
         # With a mask of ones, or with use_cache, samples would see each other without an error
@@ -73,13 +84,21 @@ class VLM(nn.Module):
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def embed(self, input_ids: Tensor, image_slots: Tensor, features: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, image_slots: Tensor, features: Tensor | StoredRows | None
+    ) -> Tensor:
         """Embed words, and put features through the connector into the slots: (T,), (N,), (N, V) -> (T, D).
+
+        Stored rows pass through the tail first.
 
         Raises:
             ValueError: the number of features is not the number of slots.
         """
         words: Tensor = self.language.get_input_embeddings()(input_ids)
+        if isinstance(features, StoredRows):
+            assert self.tail is not None, "stored rows for a model without a tail"
+            seen: Tensor = self.tail(features.rows)
+            features = seen.index_select(0, features.order)
         if features is None or features.shape[0] == 0:
             if len(image_slots):
                 raise ValueError(f"{len(image_slots)} image slots but no features")
@@ -97,7 +116,10 @@ class VLM(nn.Module):
         sum the gradients of the same parameters, whichever of them has features.
         """
         parameter = next(self.connector.parameters())
-        return 0.0 * self.connector(parameter.new_zeros(1, self.vision_width)).sum()
+        nothing = parameter.new_zeros(1, self.vision_width)
+        if self.tail is not None:
+            nothing = self.tail({}).to(self.dtype)
+        return 0.0 * self.connector(nothing).sum()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +131,8 @@ class VLM(nn.Module):
 
         Takes effect in training mode only.
         """
+        if self.tail is not None:
+            self.tail.checkpointing = enabled
         # transformers renamed the switch within 5.x.
         has_new_name = hasattr(self.language, "activation_checkpointing_enable")
         kind = "activation" if has_new_name else "gradient"
@@ -127,25 +151,34 @@ class VLM(nn.Module):
         lora.merge_adapters(self.language)
         self.adapters = None
 
-    def freeze(self, train_connector: bool, train_llm: bool) -> dict[str, tuple[int, int]]:
-        """Set which parts train: of a language model with adapters, only those. Return `parameter_counts`."""
+    def freeze(
+        self, train_connector: bool, train_llm: bool, vision_blocks: int = 0
+    ) -> dict[str, tuple[int, int]]:
+        """Set which parts train. Return `parameter_counts`.
+
+        Of a language model with adapters only those train, and of the tail its last `vision_blocks`.
+        """
         self.connector.requires_grad_(train_connector)
         self.language.requires_grad_(train_llm and self.adapters is None)
         for parameter in lora.adapter_parameters(self.language).values():
             parameter.requires_grad_(train_llm)
+        if self.tail is not None:
+            self.tail.freeze(vision_blocks)
         return parameter_counts(self)
 
 
 def parameter_counts(vlm: VLM) -> dict[str, tuple[int, int]]:
-    """Return the trainable and the total parameters of `connector`, `language` and, if any, `adapters`.
+    """Return the trainable and the total parameters of `connector` and `language`.
 
-    Those of `language` are without its adapters.
+    If there are any, also those of `adapters`, without which `language` counts, and of `tail`.
     """
     adapters = lora.adapter_parameters(vlm.language)
     parts = {
         "connector": list(vlm.connector.parameters()),
         "language": [p for n, p in vlm.language.named_parameters() if n not in adapters],
-    } | ({"adapters": list(adapters.values())} if adapters else {})
+    }
+    parts |= {"adapters": list(adapters.values())} if adapters else {}
+    parts |= {} if vlm.tail is None else {"tail": list(vlm.tail.parameters())}
     return {
         name: (sum(p.numel() for p in part if p.requires_grad), sum(p.numel() for p in part))
         for name, part in parts.items()

@@ -14,7 +14,8 @@ __all__ = ["RowCodec"]
 
 def _load(name: str) -> ModuleType:
     spec = spec_from_file_location(
-        f"{__name__}.{name}", Path(__file__).parents[1] / "cache" / "format" / f"{name}.py"
+        f"{__name__}.{name.replace('/', '_')}",
+        Path(__file__).parents[1] / "cache" / "format" / f"{name}.py",
     )
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
@@ -22,4 +23,4 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-RowCodec = _load("zarr_codec").make_codec(_load("codec"))
+RowCodec = _load("zarr/codec").make_codec(_load("codec"))

@@ -95,6 +95,9 @@ class Options(RemoteOptions):
     configs/model.yaml. `mlp:silu` has another activation than GELU, `mlp,no-bias` no biases."""
     freeze_vision_encoder: bool = True
     """Must be true: the features were made once, by a frozen encoder."""
+    train_vision_blocks: int = 0
+    """In a space with a tail (encode.run --tail), how many of the encoder's last blocks to train; the tail's
+    other blocks are computed, and stay as they are. 0: none."""
     train_connector: bool = True
     """Whether to train the connector."""
     train_llm: bool = True
@@ -140,6 +143,8 @@ class Options(RemoteOptions):
     """Peak learning rate of the language model. With `lora` the default is ten times that of the stage."""
     connector_learning_rate: float = 1e-3
     """Peak learning rate of the connector."""
+    vision_learning_rate: float = 6e-6  # Molmo's for its vision encoder
+    """Peak learning rate of the encoder's last blocks; they warm up with the language model."""
     max_steps: int = 1000
     """Optimizer steps of the stage."""
     warmup_steps: int = 100
@@ -177,9 +182,10 @@ class Options(RemoteOptions):
         if not self.freeze_vision_encoder:
             raise ValueError(
                 "freeze_vision_encoder: false is not possible: training reads features that the frozen "
-                "encoder made once, and a moving encoder would make every stored row stale; leave it true"
+                "encoder made once, and a moving encoder would make every stored row stale; leave it true "
+                "(its last blocks can train: encode.run --block N --tail, then --train-vision-blocks)"
             )
-        if not (self.train_connector or self.train_llm):
+        if not (self.train_connector or self.train_llm or self.train_vision_blocks):
             raise ValueError("train_connector and train_llm are both false: nothing would learn")
         if self.lora > 0 and not self.train_llm:
             raise ValueError(
@@ -226,7 +232,8 @@ _COUNTS = (
 )
 _AMOUNTS = (
     *("warmup_steps", "connector_warmup_steps", "eval_every", "eval_samples", "weight_decay"),
-    *("learning_rate", "connector_learning_rate", "processes", "lora"),
+    *("learning_rate", "connector_learning_rate", "vision_learning_rate", "processes", "lora"),
+    "train_vision_blocks",
 )
 
 

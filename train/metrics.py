@@ -76,6 +76,8 @@ class StepRecord(StepTotals):
     """Learning rate of the language model; 0 if it is frozen."""
     connector_lr: float
     """Learning rate of the connector; 0 if it is frozen."""
+    vision_lr: float = 0.0
+    """Learning rate of the encoder's last blocks; 0 if they are frozen, or not part of the model."""
     grad_norm: float
     """Norm of all gradients together, before clipping."""
     step_s: float
@@ -99,6 +101,7 @@ class _StepLine(_Line):
     loss: float
     lr: NotRequired[float]
     connector_lr: NotRequired[float]
+    vision_lr: NotRequired[float]
     grad_norm: NotRequired[float]
     samples: NotRequired[Count]
     tokens: NotRequired[Count]
@@ -228,6 +231,7 @@ def window_values(window: Sequence[StepRecord]) -> dict[str, float]:
         "loss": math.fsum(r.loss for r in window) / len(window),
         "lr": last.lr,
         "connector_lr": last.connector_lr,
+        **({"vision_lr": last.vision_lr} if last.vision_lr else {}),
         "grad_norm": math.fsum(r.grad_norm for r in window) / len(window),
         "tokens_per_s": sum(r.tokens for r in window) / seconds,
         "samples_per_s": sum(r.samples for r in window) / seconds,
@@ -242,7 +246,8 @@ def screen_line(window: Sequence[StepRecord], last_step: int) -> str:
     """Return the line on the screen for a window of steps."""
     v = window_values(window)
     step = window[-1].step
-    rates = " ".join(f"{v[name]:.2e}" for name in ("lr", "connector_lr") if v[name])
+    names = ("lr", "connector_lr", "vision_lr")
+    rates = " ".join(f"{v[name]:.2e}" for name in names if v.get(name))
     return (
         f"step {step:>{len(str(last_step))}}/{last_step}  loss {v['loss']:.4f}  lr {rates}  "
         f"grad {v['grad_norm']:.2f}  {v['tokens_per_s']:,.0f} tok/s  {v['samples_per_s']:.1f} samples/s  "

@@ -1,11 +1,12 @@
-"""AdamW with two learning rates, their schedules, and gradient clipping.
+"""AdamW with a learning rate for each part, their schedules, and gradient clipping.
 
     optimizer, rates = build_optimizer(vlm, options), rate_schedules(options)
     norm = clip_gradients(parameters, options.max_grad_norm)
     set_rates(optimizer, rates, step)
     optimizer.step()
 
-The connector and the language model each have their own peak rate and warm-up. Matrices have weight decay;
+The connector, the language model and the encoder's last blocks each have their own peak rate; the blocks warm
+up with the language model. Matrices have weight decay;
 norms and biases (everything with fewer than two dimensions) have none.
 """
 
@@ -47,10 +48,11 @@ class RateSchedule:
 
 
 def rate_schedules(options: Options) -> dict[str, RateSchedule]:
-    """Return the schedule of each group: `connector` and `llm`."""
+    """Return the schedule of each group: `connector`, `llm` and `vision`."""
     peaks = {
         "connector": (options.connector_learning_rate, options.connector_warmup_steps),
         "llm": (options.learning_rate, options.warmup_steps),
+        "vision": (options.vision_learning_rate, options.warmup_steps),
     }
     return {
         name: RateSchedule(
@@ -61,11 +63,12 @@ def rate_schedules(options: Options) -> dict[str, RateSchedule]:
 
 
 def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; each group has a `name`, `connector` or `llm`."""
-    parts: dict[str, list[nn.Parameter]] = {"connector": [], "llm": []}
+    """Return AdamW over the trainable parameters; each group has a `name`: `connector`, `llm` or `vision`."""
+    parts: dict[str, list[nn.Parameter]] = {"connector": [], "llm": [], "vision": []}
+    group_of = {"connector": "connector", "tail": "vision"}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts["connector" if name.startswith("connector.") else "llm"].append(parameter)
+            parts[group_of.get(name.partition(".")[0], "llm")].append(parameter)
     groups: list[dict[str, Any]] = []
     for name, parameters in parts.items():
         for decays in (True, False):

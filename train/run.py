@@ -49,7 +49,7 @@ from train.data.schedule import Schedule
 from train.distributed.group import ProcessGroup, process_group
 from train.distributed.shard import fingerprint, make_whole, part_number, shard
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
-from train.stage import checkpoint, ending, run_folder
+from train.stage import checkpoint, ending, run_folder, vision_tail
 from train.stage.card import write_card
 from train.stage.saver import Saver
 from train.step import (
@@ -131,7 +131,8 @@ def train_stage(
     # weights of 4 bits, which are rounded there and which no process shares.
     sharded = group.world_size > 1 or options.offload
     first = torch.device("cpu") if sharded and not options.load_in_4bit else device
-    vlm = setup.build_model(options, origin, reader.spec, first)
+    tail = vision_tail.open_tail(options, reader)
+    vlm = setup.build_model(options, origin, reader.spec, first, tail)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
     setup.check_room(folder, options, vlm, origin, command)
@@ -258,6 +259,7 @@ def train(
                     epoch=data.schedule.epoch(step),
                     lr=lr.get("llm", 0.0),
                     connector_lr=lr.get("connector", 0.0),
+                    vision_lr=lr.get("vision", 0.0),
                     grad_norm=norm,
                     step_s=now - started,
                     **dataclasses.asdict(totals),
@@ -427,6 +429,13 @@ def describe(
         adapted = adapter_parameters(forward.vlm.language).values()
         size = bytes_text(sum(p.nbytes for p in adapted))
         say(f"model     adapters: {size}, {forward.vlm.adapters}")
+    if (tail := forward.vlm.tail) is not None:
+        names = ", ".join(
+            f"{n} {'trained' if n in tail.trained else 'frozen'}" for n in tail.numbers
+        )
+        say(
+            f"tail      blocks of the vision encoder: {names}; those before them are in the features"
+        )
     say(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
     if group.world_size > 1:
         shared = f"each with its share of every step; --shard {options.shard}"

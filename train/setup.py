@@ -42,6 +42,7 @@ from model.language.chat_template import template_version
 from model.language.folder_template import FOLDER_TEMPLATE
 from model.language.lora import check_packages
 from model.language.model import max_positions, unique_tensors
+from model.tail import VisionTail
 from model.vlm import VLM, build_vlm
 from train.config import Options, parse_mix, stage_folder
 from train.data.join import EmptySplitError, join
@@ -51,7 +52,7 @@ from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
 from train.data.usable import NothingToLearnError, learnable
-from train.stage import checkpoint, llava, run_folder
+from train.stage import checkpoint, llava, run_folder, vision_tail
 from train.stage.origin import Origin, find_origin, recorded
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def resolve(options: Options, origin: Origin | None, reader: FeatureReader) -> O
         UserError: `origin` was trained on another space or has another model than the options name, or the
             window is longer than the language model allows.
     """
+    vision_tail.check_blocks(options, reader)
     if origin is None:
         fresh = configs.load("model")
         llm, connector = options.llm or fresh["llm"], options.connector or fresh["connector"]
@@ -181,21 +183,34 @@ def check_window(options: Options, llm: str, most: int | None) -> None:
 
 
 def build_model(
-    options: Options, origin: Origin | None, spec: FeatureSpec, device: torch.device
+    options: Options,
+    origin: Origin | None,
+    spec: FeatureSpec,
+    device: torch.device,
+    tail: VisionTail | None = None,
 ) -> VLM:
-    """Return the model with its initial weights, on the device, frozen as the options say."""
+    """Return the model with its initial weights, on the device, frozen as the options say.
+
+    Args:
+        options: the resolved options.
+        origin: what it starts from; None: a language model and a new connector.
+        spec: of the space.
+        device: where it is put.
+        tail: the encoder's last blocks as encoded, which a model from another stage has of its own.
+    """
     if origin is None:
         assert options.llm is not None and options.connector is not None, "not resolved"
-        vlm, _ = build_vlm(spec.width, options.llm, options.connector, options.seed)
+        vlm, _ = build_vlm(spec.seen.width, options.llm, options.connector, options.seed)
+        vlm.tail = tail
     else:
-        vlm = origin.load()
+        vlm = origin.load(tail)
     if options.lora:
         vlm.add_adapters(options.lora, options.seed, load_in_4bit=options.load_in_4bit)
     vlm.to(device)
     vlm.flash = options.use_flash_attention
     if options.use_gradient_checkpointing:
         vlm.gradient_checkpointing(True)
-    vlm.freeze(options.train_connector, options.train_llm)
+    vlm.freeze(options.train_connector, options.train_llm, options.train_vision_blocks)
     return vlm
 
 
@@ -230,13 +245,13 @@ def check_space(meta: Mapping[str, Any], reader: FeatureReader, origin: Path) ->
     trained_on = FeatureSpec.from_json(meta["space"]["spec"])
     # The container is only the on-disk format: it does not change the features.
     trained_on = dataclasses.replace(trained_on, container=spec.container)
-    if trained_on.fingerprint == spec.fingerprint:
+    if (trained_on.fingerprint, trained_on.tail) == (spec.fingerprint, spec.tail):
         return
-    before, now = trained_on.to_json(), spec.to_json()
+    before, now = _flat(trained_on), _flat(spec)
     differ = [
-        f"{key} {_short(before[key])} there, {_short(now[key])} here"
-        for key in before
-        if before[key] != now[key] and key != "encoder"
+        f"{key} {_short(before.get(key))} there, {_short(now.get(key))} here"
+        for key in before | now
+        if before.get(key) != now.get(key) and key != "encoder"
     ]
     if trained_on.name in root.space_names():
         way_out = f"choose that one: --space {trained_on.name}"
@@ -250,6 +265,12 @@ def check_space(meta: Mapping[str, Any], reader: FeatureReader, origin: Path) ->
         f"{origin}: was trained on the space {trained_on.name}, not on {spec.name} ({'; '.join(differ)}); "
         f"{way_out}"
     )
+
+
+def _flat(spec: FeatureSpec) -> dict[str, Any]:
+    """Return the fields of a spec by name, those of its tail as `tail.first`."""
+    values = spec.to_json()
+    return values | {f"tail.{key}": value for key, value in values.pop("tail", {}).items()}
 
 
 def _short(value: object) -> str:
@@ -277,7 +298,7 @@ def checkpoint_meta(
         **({"lora": vlm.adapters.meta()} if vlm.adapters else {}),
         "samples_digest": facts["samples_digest"],
         "template": template_version(tokenizer),
-        "vision_width": reader.spec.width,
+        "vision_width": reader.spec.seen.width,
         "seed": options.seed,
         "origin": facts["origin"],
     }

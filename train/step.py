@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
+from model.tail import StoredRows
 from model.vlm import VLM
 from nanomolmo2.unpack import unpack
 from train.data.loader import MicroBatch
@@ -63,19 +64,22 @@ class Forward:
     autocast: torch.dtype | None
     """Lower precision for matrix products; None: the parameters' own dtype."""
 
-    def features(self, micro: MicroBatch) -> Tensor | None:
+    def features(self, micro: MicroBatch) -> Tensor | StoredRows | None:
         """Return the (N, V) feature tokens of a micro-batch, in sequence order; None without media.
 
-        `micro` must be on the device.
+        In a space with a tail, return the stored rows instead. `micro` must be on the device.
         """
         if not len(micro.order):
             return None
         spec = self.spec
-        parts = [
-            unpack(codes, spec.codec, spec.tokens(array), spec.width).flatten(0, 1)
+        rows = {
+            array: unpack(codes, spec.codec, spec.tokens(array), spec.width)
             for array, codes in micro.codes.items()
             if len(codes)
-        ]
+        }
+        if self.vlm.tail is not None:
+            return StoredRows(rows=rows, order=micro.order)
+        parts = [some.flatten(0, 1) for some in rows.values()]
         tokens = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tokens.index_select(0, micro.order)
 

@@ -1,4 +1,4 @@
-"""What the two shard formats have in common: `cache.format.zarr_shard` and `cache.format.tar_shard`.
+"""What the two shard formats have in common: `cache.format.zarr.shard` and `cache.format.tar_shard`.
 
     geometry = info.geometry("image")
     offset = geometry.row_offset(slot)          # where the row in a slot starts in its file

@@ -19,7 +19,7 @@ from cache.format.gate import fit
 from cache.format.shard import Geometry
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
 from cache.format.tar_shard import TarGeometry
-from cache.format.zarr_shard import ZarrGeometry
+from cache.format.zarr.shard import ZarrGeometry
 
 _GEOMETRIES: Mapping[str, type[Geometry]] = {"zarr": ZarrGeometry, "webdataset": TarGeometry}
 

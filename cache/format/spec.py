@@ -26,6 +26,7 @@ from msgspec import Meta
 
 from cache.format.codec import CODECS, row_bytes
 from cache.format.gate import fit
+from cache.format.tail import Tail
 
 FORMAT = 1
 """Version of the on-disk format."""
@@ -51,7 +52,8 @@ Side = Annotated[int, Meta(ge=1, le=1 << 16)]
 Block = Annotated[int, Meta(ge=0, le=9999)]
 # The ranges are those of `from_json`; whoever builds a spec of their own states what its encoder has.
 
-_NOT_HASHED = frozenset({"encoder"})  # a display name: `weights` and `architecture` identify it
+_NOT_HASHED = frozenset({"encoder", "tail"})
+# A display name, since `weights` and `architecture` identify it; and what no row depends on.
 _HASHED_UNLESS = {"container": "zarr"}
 """Fields that are hashed only if they differ from this value."""
 # A new optional field belongs here, so that the fingerprints of existing spaces do not change.
@@ -59,7 +61,7 @@ _HASHED_UNLESS = {"container": "zarr"}
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One way of encoding. The fingerprint covers all but `encoder`, and `container` unless it is `zarr`."""
+    """One way of encoding. Its fingerprint is of all but `encoder`, `tail`, and `container` if `zarr`."""
 
     encoder: str
     """Display name, the first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""
@@ -105,6 +107,8 @@ class FeatureSpec:
     """Version of the on-disk format."""
     container: str = "zarr"
     """Format of a shard: `zarr` (of a Zarr v3 array) or `webdataset` (a tar)."""
+    tail: Tail | None = None
+    """Blocks behind the stored one, which training computes; None: the rows are what the connector gets."""
 
     def __post_init__(self) -> None:
         name: object = self.encoder  # it may be from a file
@@ -128,6 +132,10 @@ class FeatureSpec:
                 )
         if self.keep_cls and (self.pool_image > 1 or self.pool_frame > 1):
             raise ValueError("keep_cls with pooling: the CLS token is not on the grid of patches")
+        if self.tail is not None:
+            if (self.pool_image, self.pool_frame) != (1, 1):
+                raise ValueError("tail with pooled rows: its blocks need every patch")
+            self.tail.check(self.blocks, self.width, self.grid, self.activation)
         if not self.blocks:
             raise ValueError("blocks is empty: name at least one transformer block")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or 0 in self.std:
@@ -157,6 +165,21 @@ class FeatureSpec:
         return row_bytes(self.codec, self.tokens(array), self.width)
 
     @functools.cached_property
+    def seen(self) -> FeatureSpec:
+        """The spec of what the connector gets: behind the tail, without CLS, pooled. Without one, itself."""
+        if self.tail is None:
+            return self
+        return dataclasses.replace(
+            self,
+            blocks=self.tail.blocks,
+            width=self.width * len(self.tail.blocks),
+            keep_cls=False,
+            pool_image=self.tail.pool_image,
+            pool_frame=self.tail.pool_frame,
+            tail=None,
+        )
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON of every hashed field."""
         hashed = {
@@ -173,10 +196,11 @@ class FeatureSpec:
         return f"{self.encoder}-{self.codec}-{self.fingerprint[:8]}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, in order."""
-        return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
-        }
+        """Return the fields as JSON values, in order; without `tail` if there is none."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tail = values.pop("tail")
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return values | ({} if tail is None else {"tail": tail.to_json()})
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> FeatureSpec:
@@ -187,6 +211,8 @@ class FeatureSpec:
         """
         known = {f.name for f in dataclasses.fields(FeatureSpec)}
         unknown = sorted(set(values) - known)
+        if isinstance(tail := values.get("tail"), Mapping):
+            unknown += sorted(set(tail) - {f.name for f in dataclasses.fields(Tail)})
         if unknown:
             raise ValueError(
                 f"unknown keys {', '.join(unknown)[:200]!s}: written by a newer version?"
@@ -198,9 +224,10 @@ class FeatureSpec:
         )
         if missing:
             raise ValueError(f"missing keys {', '.join(missing)}")
-        fit(dict(values), FeatureSpec)
+        fitted = fit(dict(values), FeatureSpec)
         # The numbers as written: 1 and 1.0 have two fingerprints.
         fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        fields["tail"] = fitted.tail
         spec = FeatureSpec(**fields)
         if max(map(spec.row_bytes, ARRAYS)) > MAX_ROW_BYTES:
             raise ValueError(f"rows of more than {MAX_ROW_BYTES:,} bytes")

@@ -32,7 +32,7 @@ from cache.store.paths import CacheRoot, SpacePaths, is_dataset_name
 from cache.store.reader import RUN_BYTES, logical_hash, row_digests
 from cache.store.row_index import RowIndex
 from cache.store.samples import check_samples
-from cache.store.space import Space, find_space, read_info
+from cache.store.space import Space, find_space, read_info, tail_bytes
 
 THREADS = max(4, os.cpu_count() or 1)
 """Shards that are read at the same time. Reading, sha256 and crc32c release the interpreter's lock, so every
@@ -164,7 +164,8 @@ def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
     if space is not None:
         folders = [find_space(root, space).root]
     paths = [path for folder in folders for path in regular_files(folder, root.path)]
-    return sum(path.stat().st_size for path in paths if deep or path.suffix == ".parquet")
+    always = (".parquet", ".safetensors")
+    return sum(path.stat().st_size for path in paths if deep or path.suffix in always)
 
 
 def check_space(
@@ -205,6 +206,7 @@ def check_space(
         report.rows[array] = len(index[array])
         report.nbytes += sum(commit.nbytes for commit in commits)
     report.findings += _check_zarr_json(paths.group_json, space.group_json(), paths.cache_root)
+    report.findings += _check_tail(paths, info, progress)
     report.findings += _check_names(paths, info)
     if deep and hashed and not report.broken:
         report.logical_hash = logical_hash(index, digests)
@@ -387,9 +389,18 @@ def _check_zarr_json(path: Path, expected: bytes | None, root: Path) -> Iterator
         yield damage("it does not describe the data beside it", path)
 
 
+def _check_tail(paths: SpacePaths, info: SpaceInfo, progress: Progress) -> Iterator[Finding]:
+    """Compare the weights of the blocks behind the stored one with space.json."""
+    try:
+        progress(len(tail_bytes(paths, info.spec) or b""))
+    except (CorruptError, OSError) as error:
+        yield damage(error, paths.tail)
+
+
 def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
     """Find files that do not belong to the space."""
     known = {paths.space_json, *map(paths.index, ARRAYS)}
+    known |= {paths.tail} if info.spec.tail is not None else set()
     if info.spec.container == "zarr":
         known |= {paths.group_json, *map(paths.array_json, ARRAYS)}
     for array in ARRAYS:

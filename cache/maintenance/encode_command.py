@@ -83,13 +83,15 @@ def encoder_words(space: Encoded, presets: Mapping[str, Any], codec: str = "") -
     words = ["--encoder", name, "--codec", codec or spec.codec]
     preset = presets.get(name)
     preset = preset if isinstance(preset, Mapping) else {"pool_image": None, "pool_frame": None}
-    if preset.get("pool_image", 1) != spec.pool_image:
-        words += ["--pool", str(spec.pool_image)]
-    if preset.get("pool_frame", 3) != spec.pool_frame:
-        words += ["--frame-pool", str(spec.pool_frame)]
+    if spec.tail is not None:
+        words += ["--block", str(spec.tail.first - 1), "--tail"]
+    if preset.get("pool_image", 1) != spec.seen.pool_image:
+        words += ["--pool", str(spec.seen.pool_image)]
+    if preset.get("pool_frame", 3) != spec.seen.pool_frame:
+        words += ["--frame-pool", str(spec.seen.pool_frame)]
     if spec.container != "zarr":
         words += ["--format", spec.container]
-    if spec.encoder.startswith("random-") and entry.get("library") != "demo":
+    if spec.encoder.startswith("random-") and not entry.get("tower"):  # demo towers have no others
         words.append("--random-weights")
     weights = space.load.get("weights")
     known = weights == entry.get("model")  # --encoder hf:FOLDER says it

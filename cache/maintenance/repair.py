@@ -2,6 +2,7 @@
 
     samples, media                       set aside; encode.run writes them again
     space.json                           rebuilt if the commits prove it; else as samples and media
+    tail.safetensors                     set aside; encode.run writes it again
     commit                               set aside with its shard: it alone says which rows the shard has
     shard                                its intact rows are copied to a new shard; it is set aside
     a row that is stored twice           the older is kept
@@ -77,6 +78,8 @@ class Repaired:
     """Whether a part of the media table was set aside. Every data set must then be encoded again."""
     spaces: set[str] = field(default_factory=set)
     """Spaces that lack rows now."""
+    tails: set[str] = field(default_factory=set)
+    """Spaces that lack the file of their tail now."""
 
 
 class Repair:
@@ -136,6 +139,7 @@ class Repair:
             self._commits(space, array)
         report = check_space(paths, self._deep, self._progress)
         self._index(paths, report)
+        self._tail(paths, report)
         if not report.broken:
             # After a repair that was killed, zarr.json lacks the newest shards.
             self._arrays(space, report)
@@ -240,6 +244,15 @@ class Repair:
             self._tell(folder, about[0].what, "removed: it is written again when needed")
             drop_index(paths)
             report.findings = [f for f in report.findings if f not in about]
+
+    def _tail(self, paths: SpacePaths, report: SpaceReport) -> None:
+        """Set aside a damaged file of weights. It counts as missing until encode.run has written it again."""
+        for finding in report.findings:
+            if finding.path == str(paths.tail) and finding.broken:
+                self.done.tails.add(paths.name)
+                if paths.tail.exists():
+                    self._tell(paths.tail, finding.what, "set aside; encode.run writes it again")
+                    self._aside(paths.tail)
 
     def _arrays(self, space: Space, report: SpaceReport) -> None:
         """Write the descriptions for zarr again, if they differ from what the other files imply."""

@@ -19,6 +19,7 @@ from cache.errors import CacheError, CorruptError, RequestError
 from cache.format.checksums import check_seal, check_seal_file, sealed_json
 from cache.format.gate import decode, fit, open_file
 from cache.format.spec import ARRAYS
+from cache.format.tail import MAX_TAIL_BYTES, TAIL
 from cache.store.paths import LISTING, CacheRoot, is_dataset_name
 
 FORMAT = 1
@@ -30,6 +31,7 @@ copy needs some."""
 MAX_BYTES = (
     (".json", 1 << 20),
     (".parquet", 1 << 38),
+    (f"/{TAIL}", MAX_TAIL_BYTES + (1 << 20)),
     ("", 1 << 40),  # index files
 )
 """End of a table's name -> the most bytes it may have. The disk's room is another limit."""
@@ -40,7 +42,7 @@ _TABLE = re.compile(
     rf"samples/(?P<dataset>[^/]+)/part-\d{{5}}\.parquet"
     rf"|media/part-\d{{20}}-{_NAME}\.parquet"
     rf"|spaces/(?P<space>{_NAME})/(space\.json|features/((?:{_ARRAY})/)?zarr\.json"
-    rf"|commits/(?:{_ARRAY})-\d{{8}}\.parquet|index/{_NAME})",
+    rf"|commits/(?:{_ARRAY})-\d{{8}}\.parquet|index/{_NAME}|{re.escape(TAIL)})",
     re.ASCII,  # of digits, too
 )
 
@@ -66,8 +68,16 @@ def is_table(name: str) -> bool:
 
 
 def is_sealed(name: str) -> bool:
-    """Return whether a table ends with a seal of all its bytes; an index file has checksums of its own."""
-    return "/index/" not in name
+    """Return whether a table ends with a seal of all its bytes.
+
+    An index file has checksums of its own, and the sha256 of a tail is in space.json.
+    """
+    return "/index/" not in name and not is_tail(name)
+
+
+def is_tail(name: str) -> bool:
+    """Return whether a table is the weights of a space's tail, which only training reads."""
+    return name.endswith(f"/{TAIL}")
 
 
 def owner_of(name: str) -> tuple[str | None, str | None]:
@@ -83,7 +93,7 @@ def local_tables(root: CacheRoot) -> list[str]:
         names += [path.relative_to(root.path).as_posix() for path in top.rglob("*.parquet")]
     for name in root.space_names():
         paths = root.space(name)
-        found = [paths.space_json, paths.group_json, *map(paths.array_json, ARRAYS)]
+        found = [paths.space_json, paths.tail, paths.group_json, *map(paths.array_json, ARRAYS)]
         found += [*paths.commits_dir.glob("*.parquet"), *paths.index_dir.glob("*")]
         names += [path.relative_to(root.path).as_posix() for path in found if path.is_file()]
     return sorted(filter(is_table, names))

@@ -30,6 +30,7 @@ from cache.remote.listing import (
     FileInfo,
     is_sealed,
     is_table,
+    is_tail,
     read_listing,
 )
 from cache.remote.retry import RetryPolicy, first_contact, with_retries
@@ -166,8 +167,9 @@ class Mirror:
         path = self.root.path / name
         try:
             with open_file(path, self.root.path) as file:
+                listed = info if is_tail(name) else None  # of others, the seal is enough
                 return os.fstat(file.fileno()).st_size == info.nbytes and (
-                    not is_sealed(name) or _damage(name, None, file.fileno()) is None
+                    "/index/" in name or _damage(name, listed, file.fileno()) is None
                 )
         except (OSError, CorruptError):
             return False

@@ -3,7 +3,7 @@
 cache/samples/<data set>/part-00000.parquet
 cache/media/part-<ns>-<job>.parquet
 cache/spaces/<space>/space.json  commits/<array>-<shard>.parquet  features/<array>/c/<shard>/...
-cache/spaces/<space>/index/<array>.bin
+cache/spaces/<space>/index/<array>.bin  tail.safetensors
 cache/locks/<space>/driver.lock  workers.lock  worker-<id>.lock;  locks/id
 cache/damaged/...  cache/garbage/...
 """
@@ -22,6 +22,7 @@ from cache.format.checksums import read_sealed_json
 from cache.format.gate import refuse_links
 from cache.format.space_info import MAX_INFO_BYTES
 from cache.format.spec import ARRAYS, CONTAINERS, NAME
+from cache.format.tail import TAIL
 
 MAX_NAME_BYTES = 200
 """Longest name of a data set, in UTF-8: file systems allow 255 bytes."""
@@ -229,6 +230,11 @@ class SpacePaths:
     def group_json(self) -> Path:
         """Zarr's description of the group of arrays."""
         return self.root / "features" / "zarr.json"
+
+    @property
+    def tail(self) -> Path:
+        """Weights of the blocks behind the stored one, if space.json names them."""
+        return self.root / TAIL
 
     def array(self, array: str) -> Path:
         """Return the folder of one array; in a Zarr space, it is a Zarr array."""

@@ -30,7 +30,8 @@ from cache.format.space_info import (
     new_info,
 )
 from cache.format.spec import ARRAY_OF, ARRAYS, FORMAT, FeatureSpec
-from cache.format.zarr_shard import GROUP_JSON, array_json
+from cache.format.tail import Tail, read_tail_bytes
+from cache.format.zarr.shard import GROUP_JSON, array_json
 from cache.store.commits import commit_space, read_commit
 from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
@@ -55,19 +56,25 @@ class Space:
         load: Mapping[str, Any],
         *,
         shard_bytes: int = SHARD_BYTES,
+        tail: bytes | None = None,
     ) -> Space:
         """Return the space of `spec`; create it, or complete it after a crash, where files are missing.
 
         Args:
             root: the cache.
             spec: how pixels become rows. It names the space.
-            load: JSON values from which the encoder can be loaded again. An existing space keeps its own.
+            load: JSON values from which the encoder can be loaded again. An existing space keeps its own,
+                unless it is given a tail.
             shard_bytes: approximate size of a shard. An existing space keeps its own.
+            tail: the bytes of the tail that `spec` has; None: it has none, or its file exists.
 
         Raises:
             CorruptError: the folder holds another space.
+            CacheError: the space has another tail.
         """
         paths = root.space(spec.name)
+        if tail is not None:
+            write_tail(paths, spec, load, tail)
         if not paths.space_json.exists():
             info = fitting_info(paths, new_info(spec, load, shard_bytes))
             write_atomic(paths.space_json, info_bytes(info), root=root.path)
@@ -153,6 +160,47 @@ class Space:
             write_if_changed(self.paths.array_json(array), data, self.paths.cache_root)
 
 
+def write_tail(paths: SpacePaths, spec: FeatureSpec, load: Mapping[str, Any], data: bytes) -> None:
+    """Write the file of a tail, and then name it in space.json if that exists; see `Space.create`."""
+    assert spec.tail is not None, "bytes of a tail that the spec does not have"
+    info = read_info(paths) if paths.space_json.exists() else None
+    have = None if info is None else info.spec.tail
+    if have is not None and have != spec.tail:
+        raise CacheError(f"{paths.space_json}: {tail_difference(have, spec.tail)}")
+    try:
+        read_tail_bytes(paths.tail, paths.cache_root, spec.tail, spec.width)
+    except CorruptError:  # missing, damaged, or of a run that ended before space.json named it
+        write_atomic(paths.tail, data, root=paths.cache_root)
+    if info is not None and have is None:
+        info = replace(info, spec=replace(info.spec, tail=spec.tail), load=load)
+        write_atomic(paths.space_json, info_bytes(info), root=paths.cache_root)
+
+
+def tail_difference(have: Tail, wanted: Tail) -> str:
+    """Return how the tail of a space differs from another one, and what to do about it."""
+    ours, others = have.to_json(), wanted.to_json()
+    words = [
+        f"{name} {str(ours[name])[:12]} there, {str(others[name])[:12]} here"
+        for name in ours
+        if ours[name] != others[name]
+    ]
+    return (
+        f"the space has another tail ({'; '.join(words)}); use the encoder, weights and options that made "
+        "it, or another folder: --features DIR"
+    )
+
+
+def tail_bytes(paths: SpacePaths, spec: FeatureSpec) -> bytes | None:
+    """Return the bytes of a space's tail; None if its spec has none.
+
+    Raises:
+        CorruptError: the file is missing, or is not the one that space.json names.
+    """
+    if spec.tail is None:
+        return None
+    return read_tail_bytes(paths.tail, paths.cache_root, spec.tail, spec.width)
+
+
 def write_if_changed(path: Path, data: bytes, root: Path) -> bool:
     """Write `data` to `path` atomically, unless it is the content already. Return whether it was written."""
     with contextlib.suppress(FileNotFoundError), open_file(path, root) as file:
@@ -186,6 +234,9 @@ def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:
         }
         if spec.fingerprint != _commits_fingerprint(paths):
             return None
+        tail_bytes(
+            paths, spec
+        )  # proves what the fingerprint does not: the file has all of it but its hash
         return fitting_info(paths, info_of(stated))
     except (ValueError, LookupError, TypeError, AttributeError, CorruptError, OSError):
         return None

@@ -151,10 +151,13 @@ def compare(options: Options) -> Comparison:
                 ]
                 for of in (stored, packed)
             ]
-            batch = sample_batch(tokenizer, sample, media, spec)
+            batch = sample_batch(tokenizer, sample, media, spec.seen)
             for i, features in enumerate((*unpacked, [one.cpu() for one in computed])):
-                values = torch.cat([one.flatten(0, 1) for one in features])
                 with torch.inference_mode():
+                    if vlm.tail is not None:
+                        pairs = zip(features, media, strict=True)
+                        features = [vlm.tail.see(one, item.array) for one, item in pairs]
+                    values = torch.cat([one.flatten(0, 1) for one in features])
                     total, weight = vlm.loss(batch, values)
                 sums[i] += float(total)
             weights += float(weight)

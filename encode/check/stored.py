@@ -75,8 +75,9 @@ def _options(info: SpaceInfo) -> str:
     spec, entry = info.spec, info.load.get("encoder")
     name = entry.get("name") if isinstance(entry, Mapping) else None
     encoder = shlex.quote(str(name or spec.encoder.removeprefix("random-")))
-    pools = f"--pool {spec.pool_image} --frame-pool {spec.pool_frame}"
-    return f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}"
+    pools = f"--pool {spec.seen.pool_image} --frame-pool {spec.seen.pool_frame}"
+    tail = "" if spec.tail is None else f" --block {spec.tail.first - 1} --tail"
+    return f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}{tail}"
 
 
 def check_space(

@@ -38,7 +38,7 @@ from model.export.folder import WEIGHTS, check_exportable, write_folder
 from model.export.gguf import Kind, check_gguf, write_gguf
 from model.export.mmproj import image_note, tower_note
 from model.export.push import check_push, push
-from model.export.towers import ExportedTower, export_tower
+from model.export.towers import ExportedTower, export_tower, with_tail
 from model.io.saved_model import find_run, load_final, read_meta
 from model.language.folder_template import attached
 from model.vision.encoder import rebuild_encoder
@@ -105,8 +105,9 @@ def export(options: Options) -> Comparison:
         raise UserError("--public needs the name of a repository: --push ORG/NAME --public")
     source = find_run(options.run, options.stage)
     meta = read_meta(source)
-    spec = FeatureSpec.from_json(meta["space"]["spec"])
-    check_exportable(spec)
+    stored = FeatureSpec.from_json(meta["space"]["spec"])
+    check_exportable(stored)
+    spec = stored.seen  # of what the exported tower computes, the blocks of a tail included
     if options.gguf:
         check_gguf(spec)
     card = find_card(source)
@@ -117,7 +118,7 @@ def export(options: Options) -> Comparison:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
         folder = Path(place) / out.name
         folder.mkdir()
-        found = _write_compared(folder, source, meta, spec, card, options)
+        found = _write_compared(folder, source, meta, stored, card, options)
         if out.is_dir():
             out.rmdir()
         folder.rename(out)
@@ -132,15 +133,15 @@ def _write_compared(
     folder: Path,
     source: Path,
     meta: dict[str, Any],
-    spec: FeatureSpec,
+    stored: FeatureSpec,
     card: dict[str, Any],
     options: Options,
 ) -> Comparison:
     """Write all files into `folder`; raise MismatchError unless transformers loads the trained model."""
-    name = options.out.absolute().name
+    name, spec = options.out.absolute().name, stored.seen
     encoder = rebuild_encoder(
         meta["space"]["load"],
-        dataclasses.replace(spec, compute_dtype="float32"),
+        dataclasses.replace(stored, compute_dtype="float32"),
         device="cpu",
         weights=options.weights,
     )
@@ -150,6 +151,8 @@ def _write_compared(
     if own_class:
         say(f"class     {own_class}")
     vlm, tokenizer, _ = load_final(source)
+    if vlm.tail is not None:
+        tower = with_tail(tower, vlm.tail)
     write_folder(folder, vlm, tokenizer, tower, spec)
     say(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
     pair = _write_pair(folder, name, vlm, tokenizer, tower, spec, options) if options.gguf else ""

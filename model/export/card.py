@@ -70,6 +70,8 @@ class _DataSet(TypedDict):
 class _Settings(TypedDict):
     connector_learning_rate: float
     learning_rate: float
+    train_vision_blocks: NotRequired[int]
+    vision_learning_rate: NotRequired[float]
 
 
 class _Stage(TypedDict):
@@ -227,11 +229,14 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
         parts["train_llm"] = (
             f"adapters of the language model (LoRA: {adapters}), which are merged here"
         )
+    trained = [text for key, text in parts.items() if settings.get(key)]
+    if blocks := settings.get("train_vision_blocks"):
+        trained.append(f"the last {blocks} blocks of the vision encoder that the features need")
     seen = [f"{number:,} {what}" for what, number in stage.get("media", {}).items() if number]
     return {
         "incomplete": False,
         **stage,
-        "trained": " and ".join(text for key, text in parts.items() if settings.get(key)),
+        "trained": " and ".join(trained),
         "seen": ", ".join(seen) or "no media",
     }
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from configs import UserError
 from model.export.template import as_parts
-from model.inference import answer_ids, before_end, expand_prompt, generation_mode
+from model.inference import answer_ids, before_end, expand_prompt, generation_mode, through_tail
 from model.language.loading import quiet
 from model.language.tokenizer import image_id
 from model.media.images import decode_image
@@ -186,7 +186,7 @@ def _logits(
     vlm: VLM, tokenizer: PreTrainedTokenizerFast, prompt: tuple[Any, Tensor | None]
 ) -> tuple[list[int], Tensor]:
     """Return the (L,) tokens of a prompt and the (T, R) logits of those that are text."""
-    ids, slots, features = expand_prompt(tokenizer, prompt)
+    ids, slots, features = expand_prompt(tokenizer, through_tail(vlm, prompt))
     with generation_mode(vlm), torch.inference_mode():
         embedded = vlm.embed(ids, slots, features).unsqueeze(0)  # (L,) -> (1, L, D)
         hidden = vlm.language.base_model(inputs_embeds=embedded, use_cache=False)

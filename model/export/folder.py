@@ -88,7 +88,7 @@ def check_exportable(spec: FeatureSpec) -> None:
     Raises:
         UserError: they keep the CLS token.
     """
-    if spec.keep_cls:
+    if spec.seen.keep_cls:
         raise UserError(
             f"space {spec.name}: keeps the CLS token: this model cannot be exported; train on a space "
             "without it"

@@ -25,6 +25,7 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from configs import UserError
 from model.io.tower_config import read_tower_config
 from model.io.tower_folder import class_config, empty_tower, open_tower, published, read_tensors
+from model.tail import VisionTail, block_tensors
 from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
 from model.vision.encoder import VisionEncoder, load_encoder
@@ -76,7 +77,7 @@ def export_tower(encoder: VisionEncoder) -> ExportedTower:
     checks.disabled = True  # they warned of this file when `encoder` was loaded
     try:
         every = load_encoder(
-            dataclasses.replace(config, blocks=tuple(range(depth))),
+            dataclasses.replace(config, blocks=tuple(range(depth)), tail=()),
             device="cpu",
             random_weights=loaded["random_weights"],
             weights=loaded["weights"],
@@ -116,9 +117,16 @@ def export_tower(encoder: VisionEncoder) -> ExportedTower:
     )
 
 
+def with_tail(tower: ExportedTower, tail: VisionTail) -> ExportedTower:
+    """Return a tower whose last blocks are those of a trained model."""
+    trained = block_tensors(tail)
+    assert trained.keys() <= tower.tensors.keys(), "blocks that the tower does not have"
+    return dataclasses.replace(tower, tensors=tower.tensors | trained)
+
+
 def _from_end(config: EncoderConfig, depth: int) -> int | list[int]:
     """Return `vision_feature_layer` of an encoder's blocks."""
-    layers = [block - depth for block in config.blocks]
+    layers = [block - depth for block in config.tail or config.blocks]
     return layers[0] if len(layers) == 1 else layers
 
 

@@ -3,7 +3,8 @@
     final/
         config.json, model.safetensors, tokenizer.json, ...    the language model, as transformers reads it
         chat_template.jinja                                     the template of an imported folder, or ours
-    connector.safetensors                                   the connector
+        connector.safetensors                                   the connector
+        tail.safetensors                                        the encoder's last blocks, if there is a tail
         nanomolmo2.json                                         what both were trained on; seals the others
 
 `AutoModelForCausalLM.from_pretrained(final)` and `--llm final` load the language model alone, exactly. A file
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cache.format.checksums import crc32c, read_sealed_json, sealed_json
 from cache.format.gate import fit
+from cache.format.spec import FeatureSpec
 from configs import UserError, nearest, one_line, read_yaml
 from configs.command_line import command_text
 from model.connector import build_connector
@@ -61,9 +63,10 @@ from model.language.model import (
 )
 from model.language.tokenizer import eos_ids, image_token, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
+from model.tail import VisionTail, empty_tail
 from model.vlm import VLM
 
-CONNECTOR = "connector.safetensors"
+CONNECTOR, TAIL = "connector.safetensors", "tail.safetensors"
 RUNS = Path("runs")
 FORMAT = 2
 """Version of the folder and of `nanomolmo2.json`."""
@@ -138,6 +141,8 @@ def save_final(
         positions = getattr(vlm.language.config, "max_position_embeddings", None)
         meta = {**meta, "lora": vlm.adapters.meta(), "positions": positions}
     save_file(unique_tensors(vlm.connector), partial / CONNECTOR)
+    if vlm.tail is not None:
+        save_file(unique_tensors(vlm.tail), partial / TAIL)
     content = {
         "format": FORMAT,
         "template": template_version(tokenizer),
@@ -288,7 +293,8 @@ def load_final(
         connector.load_state_dict(load_file(folder / CONNECTOR))
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes
         raise UserError(f"{folder / CONNECTOR}: {one_line(error)}; {_again(folder)}") from None
-    vlm = VLM(language, connector, meta["vision_width"])
+    tail = _load_tail(folder, meta, dtype)
+    vlm = VLM(language, connector, meta["vision_width"], tail)
     return vlm.to(device).eval(), tokenizer, meta
 
 
@@ -321,6 +327,24 @@ def _language(
 
 def _seal(folder: Path) -> str:
     return str(read_meta(folder)["seal"])
+
+
+def _load_tail(folder: Path, meta: Mapping[str, Any], dtype: torch.dtype) -> VisionTail | None:
+    """Return the encoder's last blocks as they were trained, for a model of a space with a tail."""
+    path, spec = folder / TAIL, (meta["space"] or {}).get("spec")
+    if not isinstance(spec, Mapping) or spec.get("tail") is None:
+        return None
+    try:
+        known = FeatureSpec.from_json(spec)
+        assert known.tail is not None
+        stored = meta["files"].get(TAIL, {"bytes": 0})["bytes"]
+        if stored < known.tail.nbytes(known.width):  # before memory is allocated
+            raise UserError(f"{path}: {stored:,} bytes are too few; {_again(folder)}")
+        tail = empty_tail(known)
+        tail.load_state_dict(load_file(path))
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: {one_line(error)}; {_again(folder)}") from None
+    return tail.to(dtype)
 
 
 def saved_tokenizer(folder: Path, meta: Mapping[str, Any]) -> PreTrainedTokenizerFast:

@@ -9,6 +9,7 @@
     sources            a hub id becomes a folder
     checkpoint         what a folder contains, before transformers reads it (files: JSON, safetensors)
     loading            every tensor into the model (tokenizer_files: its tokenizer)
+    loss               cross-entropy without all logits in memory
     lora               low-rank adapters: added for training, saved as peft does, merged
 
 Read chat_template.py first. Other people's folders are refused with one line unless they are whole.

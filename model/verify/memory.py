@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from model.loss import CHUNK_ELEMENTS
+from model.language.loss import CHUNK_ELEMENTS
 
 GIB = 2**30
 

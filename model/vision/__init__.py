@@ -8,6 +8,7 @@
     clip_tower          open_clip's towers (CLIP, SigLIP), cut down to the blocks asked for
     hf_tower            transformers' towers (CLIP, SigLIP, DINOv2, DINOv3), cut down as well
     demo_tower          a tiny random tower that needs no download
+    tail_blocks         the blocks behind a stored one, as the file that training reads
     weights             trained weights: find, read, rename, check, load
     activation_check    compares how the weights were trained with the model that loads them
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from configs import UserError, nearest
 from model.io.tensors import seeded_weights
+from model.vision.config import EncoderConfig
 
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
 
@@ -25,18 +26,34 @@ _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_tan
 class ClipTower(nn.Module):
     """A vision tower without weights: call `load` or `initialize` before `forward`."""
 
-    def __init__(self, model: str, blocks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: str,
+        blocks: Sequence[int],
+        *,
+        keep_cls: bool = False,
+        demo: EncoderConfig | None = None,
+    ) -> None:
         """Build `model` and keep what `blocks` need.
+
+        Args:
+            model: open_clip's name.
+            blocks: whose outputs are returned.
+            keep_cls: whether they have the CLS token, if the tower has one.
+            demo: the entry of a small CLIP whose sizes it states; None: open_clip knows the model.
 
         Raises:
             UserError: open_clip has no such model, it is not a plain ViT, or it has fewer blocks.
         """
         super().__init__()
-        known = open_clip.list_models()
-        if model not in known:  # for 'hf-hub:...' open_clip would use the network
-            raise UserError(f"open_clip has no model {model!r}{nearest(model, known)}")
-        config = open_clip.get_model_config(model)
-        self.take = tuple(blocks)
+        if demo is not None:
+            config = _demo_config(demo)
+        else:
+            known = open_clip.list_models()
+            if model not in known:  # for 'hf-hub:...' open_clip would use the network
+                raise UserError(f"open_clip has no model {model!r}{nearest(model, known)}")
+            config = open_clip.get_model_config(model)
+        self.take, self.keep_cls = tuple(blocks), keep_cls
         with torch.device("meta"):
             visual = _build(config)
         self.is_timm = hasattr(visual, "trunk")
@@ -61,7 +78,10 @@ class ClipTower(nn.Module):
         self.image_size, self.patch_size = _sizes(visual, vit, model)
         self.width = int(vit.embed_dim if self.is_timm else vit.conv1.out_channels)
         self.activation = _activation(vit, model)
-        self.architecture = f"open_clip:{model}"
+        self.prefix_tokens = int(vit.num_prefix_tokens) if self.is_timm else 1
+        """Tokens before the patches: CLS, and in some of timm's towers registers."""
+        sizes = "" if demo is None else f"-{self.depth}x{self.width}-heads{_heads(demo)}"
+        self.architecture = f"open_clip:{model}{sizes}"
 
     @property
     def prefix(self) -> str:
@@ -83,20 +103,48 @@ class ClipTower(nn.Module):
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Return the output of each block of `blocks`, in that order: (B, 3, S, S) -> (B, N, V) each.
 
-        Pixels are normalised. The outputs have neither the CLS token nor the final norm.
+        Pixels are normalised. The outputs have no final norm, and the CLS token only with `keep_cls`.
         """
+        keep = self.keep_cls and self.prefix_tokens > 0
         taken = self.vit.forward_intermediates(
             pixels,
             indices=sorted(self.take),
             stop_early=True,
             intermediates_only=True,
             output_fmt="NLC",
+            **{"return_prefix_tokens" if self.is_timm else "output_extra_tokens": keep},
         )
         if not self.is_timm:
-            taken = taken["image_intermediates"]
+            patches, before = (taken.get(f"image_intermediates{x}") for x in ("", "_prefix"))
+            taken = list(zip(patches, before, strict=True)) if keep else patches
+        if keep:  # pairs of patches and what precedes them
+            taken = [torch.cat([first, rest], dim=1) for rest, first in taken]
         # Both libraries return blocks in ascending order, in whatever order `indices` are.
         by_block = dict(zip(sorted(self.take), taken, strict=True))
         return [by_block[block] for block in self.take]
+
+
+def _demo_config(entry: EncoderConfig) -> dict[str, Any]:
+    """Return the config of a CLIP of the sizes that an entry states, as open_clip's files have it."""
+    sizes = entry.tower
+    assert sizes is not None
+    return {
+        "embed_dim": sizes.width,
+        "quick_gelu": entry.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": sizes.image_size,
+            "patch_size": sizes.patch_size,
+            "width": sizes.width,
+            "layers": sizes.depth,
+            "head_width": sizes.width // sizes.heads,
+            "mlp_ratio": float(sizes.mlp_ratio),
+        },
+    }
+
+
+def _heads(entry: EncoderConfig) -> int:
+    assert entry.tower is not None
+    return entry.tower.heads
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:

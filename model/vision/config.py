@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoTowerConfig:
-    """Sizes of the demo tower, and scales of its random weights."""
+    """Sizes of a demo tower, and scales of its random weights, which only `library: demo` has."""
 
     image_size: int
     """Side of the input, pixels."""
@@ -73,6 +73,9 @@ class EncoderConfig:
 
     Of a folder of transformers, those that LLaVA's config names, else the last but one.
     """
+    tail: tuple[int, ...] = ()
+    """Blocks whose outputs are the features, if training computes them from the one in `blocks`."""
+    # Set by `with_tail`, for `encode.run --block N --tail`. Pooling is then what training does.
     model: str = ""
     """open_clip's model name; OpenAI's weights need the ones that end in `-quickgelu`. With `transformers`: a
     folder with config.json and model.safetensors, or its id on the hub."""
@@ -100,7 +103,7 @@ class EncoderConfig:
     seed: int = 0
     """Seed of random weights; unused with trained ones."""
     tower: DemoTowerConfig | None = None
-    """Sizes of the demo tower; None for others."""
+    """Sizes of a demo tower: that of `library: demo`, or a small CLIP with `open_clip`. None for others."""
 
     def __post_init__(self) -> None:
         if not self.blocks or len(set(self.blocks)) != len(self.blocks):
@@ -120,10 +123,16 @@ class EncoderConfig:
                 raise ValueError(
                     "image_size is for library transformers; other towers have one size"
                 )
-        if (self.library == "demo") != (self.tower is not None):
-            raise ValueError("library demo, and no other, needs a tower")
-        if self.tower is not None and self.activation != "gelu":
+        if self.library == "demo" and self.tower is None:
+            raise ValueError("library demo needs a tower")
+        if self.library == "transformers" and self.tower is not None:
+            raise ValueError(
+                "tower is for demo towers; one of transformers has its sizes in config.json"
+            )
+        if self.library == "demo" and self.activation != "gelu":
             raise ValueError(f"the demo tower computes gelu, not {self.activation}")
+        if self.tail and len(self.blocks) != 1:
+            raise ValueError(f"blocks {list(self.blocks)}: with a tail, one block is stored")
 
     @property
     def space_name(self) -> str:
@@ -137,6 +146,24 @@ class EncoderConfig:
         name = re.sub(r"[^A-Za-z0-9._]+|\.\.+", "-", path.name)[:60].strip("-.")
         return f"hf-{name or 'tower'}"
 
+    def with_tail(self, block: int) -> EncoderConfig:
+        """Return this entry with another block stored, and its own blocks computed in training.
+
+        Raises:
+            UserError: its blocks are not behind that one, or its tower has blocks of another kind.
+        """
+        if self.library == "demo":
+            raise UserError(
+                f"--tail: encoder {self.name} has blocks of its own kind; a small CLIP is --encoder demo-clip"
+            )
+        most = min(min(self.blocks), max(self.blocks) - 1)
+        if not 0 <= block <= most:
+            raise UserError(
+                f"--block {block}: the features of encoder {self.name} are the output of block "
+                f"{', '.join(map(str, self.blocks))}; the blocks that this is computed from are 0 to {most}"
+            )
+        return replace(self, blocks=(block,), tail=self.blocks)
+
     def check_weights(self, weights: str | None, random_weights: bool) -> None:
         """Refuse weights that would not be loaded.
 
@@ -149,7 +176,7 @@ class EncoderConfig:
         """
         if weights is None:
             return
-        if self.library == "demo":
+        if self.tower is not None:
             raise UserError(
                 f"--weights {weights}: encoder {self.name} has random weights and loads none; leave out "
                 "--weights, or name the encoder of these weights with --encoder NAME"

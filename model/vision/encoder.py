@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HALF = (0.5, 0.5, 0.5)
-"""Mean and standard deviation of the demo tower's colours, if its entry names none."""
+"""Mean and standard deviation of a demo tower's colours, if its entry names none."""
+WITH_TAIL = ("CLIPVisionModel", "SiglipVisionModel")
+"""Towers of transformers whose blocks `model.tail` computes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,9 +212,8 @@ def rebuild_encoder(
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
     # Differences in these change no feature, or less than float16 resolves.
-    for key in ("compute_dtype", "encoder", "container"):
-        del found[key], wanted[key]
-    different = [key for key in wanted if found[key] != wanted[key]]
+    free = ("compute_dtype", "encoder", "container", "tail")
+    different = [key for key in wanted if key not in free and found[key] != wanted[key]]
     if different == ["weights"]:
         raise UserError(
             f"space {spec.name} was made with weights {spec.weights[:12]}..., "
@@ -245,8 +246,15 @@ def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None
     from model.vision.clip_tower import ClipTower
     from model.vision.weights import fill
 
-    tower = ClipTower(config.model, config.blocks)
-    mean, std = check_entry(tower, config)
+    is_demo = config.tower is not None
+    tower = ClipTower(
+        config.model,
+        config.blocks,
+        keep_cls=bool(config.tail),
+        demo=config if is_demo else None,
+    )
+    mean, std = (config.mean or HALF, config.std or HALF) if is_demo else check_entry(tower, config)
+    random_weights = random_weights or is_demo
     built = _Built(tower=tower, mean=mean, std=std, weights="", is_random=random_weights)
     # Refuses an invalid entry before a gigabyte is downloaded.
     _spec(config, built, "float32", "fp16")
@@ -287,7 +295,12 @@ def _build_hf(config: EncoderConfig, random_weights: bool, weights: str | None) 
             f"encoder {config.name}: mean and std are unknown, since {folder} has no "
             "preprocessor_config.json; copy it there, or give an entry of nanomolmo2.yaml both"
         )
-    tower = HfTower(found, config.blocks, side)
+    if config.tail and found.class_name not in WITH_TAIL:
+        raise UserError(
+            f"--tail: encoder {config.name} is a {found.class_name}; training computes the blocks of "
+            f"{' and '.join(WITH_TAIL)} alone; encode without --block and --tail"
+        )
+    tower = HfTower(found, config.blocks, side, keep_cls=bool(config.tail))
     built = _Built(tower=tower, mean=mean, std=std, weights="", is_random=random_weights)
     _spec(config, built, "float32", "fp16")  # refuses an invalid entry before weights are read
     if random_weights:
@@ -308,6 +321,12 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             f"encoder {config.name}: shorter_side {shorter} is less than the {tower.image_size} pixels of "
             "the input"
         )
+    prefix = getattr(tower, "prefix_tokens", 0)
+    if config.tail and prefix > 1:
+        raise UserError(
+            f"--tail: encoder {config.name} has {prefix} tokens before its patches, and one, CLS, can be "
+            "stored; encode without --block and --tail"
+        )
     try:
         spec = FeatureSpec(
             encoder=f"random-{config.space_name}" if built.is_random else config.space_name,
@@ -322,8 +341,9 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             resize=resize_text(config.fit, shorter),
             mean=built.mean,
             std=built.std,
-            pool_image=config.pool_image,
-            pool_frame=config.pool_frame,
+            keep_cls=bool(config.tail) and prefix == 1,
+            pool_image=1 if config.tail else config.pool_image,
+            pool_frame=1 if config.tail else config.pool_frame,
             compute_dtype=compute_dtype,
             batch_size=config.batch_size,
             codec=codec,

@@ -35,20 +35,28 @@ BEHIND = ("post_layernorm", "layernorm", "norm")
 class HfTower(nn.Module):
     """A vision tower without weights: call `load` before `forward`."""
 
-    def __init__(self, config: TowerConfig, blocks: Sequence[int], image_size: int) -> None:
+    def __init__(
+        self,
+        config: TowerConfig,
+        blocks: Sequence[int],
+        image_size: int,
+        *,
+        keep_cls: bool = False,
+    ) -> None:
         """Build the tower, up to the last block asked for.
 
         Args:
             config: of its folder.
             blocks: whose outputs are features.
             image_size: side of the input, pixels; DINOv2 interpolates its positions to it.
+            keep_cls: whether the outputs have what precedes the patches.
 
         Raises:
             UserError: it has fewer blocks, or its config makes no tower.
         """
         super().__init__()
         check_blocks(config, blocks)
-        self.take = tuple(blocks)
+        self.take, self.keep_cls = tuple(blocks), keep_cls
         self.kind = config.kind
         self.image_size, self.patch_size = image_size, config.patch_size
         self.width, self.depth = config.width, config.depth
@@ -73,10 +81,19 @@ class HfTower(nn.Module):
             name: _random(name, shape, self.width, seed) for name, shape in self._shapes.items()
         }
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+        return next(
+            m
+            for m in self.vit.modules()
+            if isinstance(m, nn.ModuleList) and len(m) > max(self.take)
+        )
+
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return the output of each block of `blocks`, in that order: (B, 3, S, S) -> (B, N, V) each.
 
-        Pixels are normalised. The outputs have neither CLS nor registers, nor the final norm.
+        Pixels are normalised. The outputs have no final norm, and CLS and registers only with `keep_cls`.
         """
         after: dict[int, Tensor] = {}
 
@@ -86,18 +103,14 @@ class HfTower(nn.Module):
 
             return hook
 
-        layers = next(
-            m
-            for m in self.vit.modules()
-            if isinstance(m, nn.ModuleList) and len(m) > max(self.take)
-        )
-        handles = [layers[block].register_forward_hook(keep(block)) for block in self.take]
+        handles = [self.layers[block].register_forward_hook(keep(block)) for block in self.take]
         try:
             self.vit(pixels)
         finally:
             for handle in handles:
                 handle.remove()
-        return [after[block][:, self.prefix_tokens :] for block in self.take]
+        first = 0 if self.keep_cls else self.prefix_tokens
+        return [after[block][:, first:] for block in self.take]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HfTower:
         super()._apply(fn, recurse)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from model import loss
 from model.connector import build_connector
+from model.language import loss
 from model.vlm import VLM, build_vlm
 from tests.support.trained_runs import VISION, one_sample, random_features
 

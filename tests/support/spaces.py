@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from cache.format import codec
 from cache.format.spec import FeatureSpec
+from cache.format.tail import Tail, file_bytes, file_sha256
 from cache.store.commits import SCHEMA, read_commits
 from cache.store.paths import CacheRoot
 from cache.store.space import Space
@@ -41,8 +42,27 @@ SPEC = FeatureSpec(
 )
 """4 tokens of 64 values an image: 264 bytes as int8, 512 as fp16. A frame has one token."""
 
+TAIL = Tail(first=1, blocks=(2, 1), heads=4, hidden=96, eps=1e-5, pool_image=1, pool_frame=2)
+"""Two blocks behind the one of SPEC, whose outputs are concatenated. Without a file."""
+
 SLOTS = 4
 """Rows in a full shard of images."""
+
+
+def tail_arrays(seed: int = 0, tail: Tail = TAIL) -> dict[str, npt.NDArray[np.float32]]:
+    """Random weights of the blocks of a tail."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (0.2 * random.normal(size=shape)).astype(np.float32)
+        for name, shape in tail.shapes(SPEC.width).items()
+    }
+
+
+def tail_of(seed: int = 0, **changes: Any) -> tuple[Tail, bytes]:
+    """A tail, and the bytes of its file; `changes` to TAIL."""
+    tail = dataclasses.replace(TAIL, **changes)
+    data = file_bytes(tail, tail_arrays(seed, tail), SPEC.width)
+    return dataclasses.replace(tail, sha256=file_sha256(data)), data
 
 
 def key(number: int) -> str:
@@ -64,12 +84,18 @@ def row(number: int, array: str = "image", spec: FeatureSpec = SPEC) -> npt.NDAr
 
 
 def make_space(
-    folder: Path, codec_name: str = "int8", container: str = "zarr", **changes: Any
+    folder: Path,
+    codec_name: str = "int8",
+    container: str = "zarr",
+    *,
+    tail_file: bytes | None = None,
+    **changes: Any,
 ) -> Space:
-    """An empty space below `folder`; `changes` to SPEC."""
+    """An empty space below `folder`; `changes` to SPEC, and the bytes of its tail if they give it one."""
     spec = dataclasses.replace(SPEC, codec=codec_name, container=container, **changes)
     load = {"library": "toy", "note": "a text like sha256:" + "0" * 64 + " must do no harm"}
-    return Space.create(CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("image"))
+    shard_bytes = SLOTS * spec.row_bytes("image")
+    return Space.create(CacheRoot(folder), spec, load, shard_bytes=shard_bytes, tail=tail_file)
 
 
 def fill(

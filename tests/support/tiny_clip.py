@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from cache.format.tail import read_tail
 from configs import UserError
 from model.io.saved_model import save_final
 from model.language.loading import quiet
+from model.tail import load_tail
 from model.vision.config import EncoderConfig
 from model.vision.encoder import VisionEncoder, load_encoder
+from model.vision.tail_blocks import make_tail
 from model.vlm import VLM, build_vlm
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
@@ -223,7 +227,16 @@ def save_trained(
         llm: its language model.
     """
     spec = eyes.spec(codec)
-    vlm, tokenizer = build_vlm(spec.width, llm, connector, seed=6)
+    if eyes.config.tail:
+        how = {name: eyes.load_info()[name] for name in ("random_weights", "weights")}
+        tail, data = make_tail(eyes.config, spec, **how)
+        spec = dataclasses.replace(spec, tail=tail)
+    vlm, tokenizer = build_vlm(spec.seen.width, llm, connector, seed=6)
+    if spec.tail is not None:
+        (folder / "cache").mkdir(parents=True)
+        (folder / "cache/tail.safetensors").write_bytes(data)
+        arrays = read_tail(folder / "cache/tail.safetensors", folder, spec.tail, spec.width)
+        vlm.tail = load_tail(spec, arrays)
     generator = torch.Generator().manual_seed(11)
     for p in vlm.parameters():
         p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)

@@ -216,6 +216,7 @@ def talk(
     encoded: FeatureSpec,
     encode: Callable[[Image.Image], Tensor],
     load: Mapping[str, object] = MappingProxyType({}),
+    tail: bytes | None = None,
 ) -> CacheRoot:
     """Make a cache below `folder` of five photographs, with the features that a real encoder gives.
 
@@ -224,9 +225,10 @@ def talk(
         encoded: spec of the features.
         encode: RGB image -> (M, V) features.
         load: how the encoder is built, for space.json.
+        tail: bytes of the tail that the spec has.
     """
     root = CacheRoot(folder / "cache")
-    space = Space.create(root, encoded, dict(load), shard_bytes=1 << 20)
+    space = Space.create(root, encoded, dict(load), shard_bytes=1 << 20, tail=tail)
     shard = ShardWriter(space, "image", space.next_shard("image"))
     records: list[MediaRecord] = []
     paths = photographs(folder / "images")

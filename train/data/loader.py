@@ -56,7 +56,8 @@ class MicroBatch:
     codes: dict[str, Tensor]
     """Array name -> (R, row_bytes) uint8 stored rows. Overwritten once the next micro-batch is requested."""
     order: Tensor
-    """(N,) int64 feature token for each image slot, counting the tokens of all rows of all arrays in turn."""
+    """(N,) int64 feature token for each image slot, counting the tokens of all rows of all arrays in turn. In
+    a space with a tail, these are the tokens behind it."""
     step: int
     """Number of the optimizer step."""
     index: int
@@ -182,7 +183,7 @@ class FeatureLoader:
         shapes = {}
         for kind, array in enumerate(ARRAY_OF.values()):
             have = int(np.diff(self._samples.starts)[self._samples.kinds == kind].sum())
-            most = min(max_tokens // reader.spec.tokens(array), have)
+            most = min(max_tokens // reader.spec.seen.tokens(array), have)
             shapes[array] = (most, reader.spec.row_bytes(array))
         self._free = [_Slot(shapes, pin) for _ in range(ahead + 1)]
         self._queue: deque[Future[MicroBatch]] = deque()
@@ -258,7 +259,7 @@ class FeatureLoader:
         trees = [self._tree(part) for part in job.slices]
         packed, layouts = assemble(trees) if trees else (nothing(), ())
         media = np.array([m for tree in layouts for m in tree.media], dtype=np.int64)
-        rows, order = feature_order(self._samples, media, self._reader.spec)
+        rows, order = feature_order(self._samples, media, self._reader.spec.seen)
         if slot.copied is not None:  # the GPU may still be copying the previous rows
             slot.copied.synchronize()
             slot.copied = None
@@ -301,7 +302,7 @@ def feature_order(
     Args:
         samples: the sample list that has the media's rows.
         media: (n,) media items in the order of the sequence; the rows of a repeated one are read once.
-        spec: the spec of the space.
+        spec: decides the tokens of a row: of a space with a tail, its `seen`.
 
     Returns:
         Array name -> (R,) distinct rows, ascending; and for each feature token of `media` in turn, (N,), its

@@ -40,11 +40,11 @@ class Placeholders:
 
     @staticmethod
     def of(spec: FeatureSpec, tokenizer: Any) -> Placeholders:
-        """Return the placeholders for the rows of a space."""
+        """Return the placeholders for the rows of a space, of what the connector gets."""
         return Placeholders(
             tokenizer=tokenizer,
-            image_tokens=spec.tokens(ARRAY_OF["image"]),
-            frame_tokens=spec.tokens(ARRAY_OF["video"]),
+            image_tokens=spec.seen.tokens(ARRAY_OF["image"]),
+            frame_tokens=spec.seen.tokens(ARRAY_OF["video"]),
         )
 
     def contents(self, samples: SampleList, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:

@@ -4,10 +4,10 @@
     sync_gradients(vlm, on=micro.last)                   # before the backward pass of each micro-batch
     make_whole(vlm, group)                               # at the end: plain tensors, on the main process
 
-Each decoder layer is a unit, and all the rest (embeddings, head, norm, connector) is the root. The weights of
-a unit are gathered before they are used and freed afterwards; its gradients are summed as soon as the
-backward pass of a step's last micro-batch has them, while that of other layers goes on. Every function also
-accepts a model that was not sharded: a single process trains plain tensors.
+Each decoder layer is a unit, and all the rest (embeddings, head, norm, connector, tail) is the root. The
+weights of a unit are gathered before they are used and freed afterwards; its gradients are summed as soon as
+the backward pass of a step's last micro-batch has them, while that of other layers goes on. Every function
+also accepts a model that was not sharded: a single process trains plain tensors.
 
     none    mesh (processes, 1): each process has everything; gradients are summed
     full    mesh (processes,): each process has one part of everything

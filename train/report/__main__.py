@@ -247,6 +247,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
         Line(label="held out", points=held, style="b", dots=True),
     ]
     rates = [line("lr", "language model", "a"), line("connector_lr", "connector", "b dash")]
+    rates.append(line("vision_lr", "vision encoder", "a dash"))
     return [
         line_chart(loss, title="Loss", wide=True, log_y=True),
         # A frozen part has the rate 0 throughout.

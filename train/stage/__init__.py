@@ -5,6 +5,7 @@
     shards.py        its tensors, written by each process in parts, read by any number of processes
     saver.py         writes it while training goes on
     origin.py        what `--from` names: a run, a stage, a checkpoint or a finished model
+    vision_tail.py   the encoder's last blocks, as a space has them
     card.py          what the model was trained on, for model.export
     ending.py        how a training ends early: in one line, with the command that goes on
 

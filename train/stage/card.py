@@ -51,6 +51,7 @@ FORMAT = 1
 SETTINGS = (
     *("train_connector", "train_llm", "learning_rate", "connector_learning_rate", "weight_decay"),
     *("max_sequence_length", "max_frames", "held_out", "precision", "seed"),
+    *("train_vision_blocks", "vision_learning_rate"),
 )
 """Options that a card states."""
 

@@ -10,18 +10,19 @@ Training then goes on with ours.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from cache.errors import CacheError, command_line
 from cache.format.gate import parse_json, read_regular
 from cache.format.spec import FeatureSpec
+from cache.format.tail import Tail, read_tail
 from cache.remote.mirror import is_copy
 from cache.remote.open import cache_root
 from cache.store.paths import CacheRoot
@@ -33,10 +34,11 @@ from model.export.template import SPACE, chat_template
 from model.io.llava_folder import LlavaFolder, open_llava
 from model.io.tensors import hash_tensors
 from model.io.tower_config import read_tower_config
-from model.io.tower_folder import architecture, tower_hash
+from model.io.tower_folder import architecture, open_tower, read_tensors, tower_hash
 from model.language.folder_template import attached, detach
 from model.language.tokenizer import IMAGE_TOKEN, image_token, prepare_tokenizer
 from model.media.images import resize_text
+from model.tail import block_tensors, load_tail
 from model.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -92,31 +94,36 @@ def check_tower(folder: Path, reader: FeatureReader) -> None:
     """
     llava = open_llava(folder)
     tower, root, spec = _Tower(llava), cache_root(reader), reader.spec
-    if not (different := _differences(spec, tower.wanted(spec))):
+    different = _differences(spec, tower.wanted(spec))
+    if not different and not (different := _other_tail(tower, reader)):
         return
     others = []
     for name in root.space_names():
         with contextlib.suppress(CacheError, OSError):  # damaged, or of another version
             info = read_info(root.space(name))
-            if not _differences(info.spec, tower.wanted(info.spec)):
+            if name != spec.name and not _differences(info.spec, tower.wanted(info.spec)):
                 others.append(name)
     if others:
         way_out = f"choose the one that is: --space {others[0]}"
     else:
-        way_out = f"encode with the folder's own: {own_command(folder, root, spec.codec)}"
+        way_out = (
+            f"encode with the folder's own: {own_command(folder, root, spec.codec, spec.tail)}"
+        )
     raise UserError(
         f"{folder}: space {spec.name} is not made by its vision tower ({'; '.join(different)}); "
         f"{way_out}"
     )
 
 
-def own_command(folder: Path, root: CacheRoot, codec: str = "") -> str:
+def own_command(folder: Path, root: CacheRoot, codec: str = "", tail: Tail | None = None) -> str:
     """Return the command that encodes a data set of a cache with the tower of a folder."""
     pool = open_llava(folder).pool
     words = [*dataset_words(root, None), "--encoder", f"hf:{folder}"]
     words += ["--pool", str(pool)] if pool > 1 else []
     words += ["--codec", codec] if codec else []
-    features = "DIR" if is_copy(root) else root.path
+    words += ["--block", str(tail.first - 1), "--tail"] if tail else []
+    # A space has one tail, so another one is in another cache.
+    features = "DIR" if is_copy(root) or tail else root.path
     return command_line("encode.run", *words, "--features", features)
 
 
@@ -151,11 +158,14 @@ class _Tower:
         trained = self._trained_on
         if trained is not None and trained.weights == spec.weights:
             return fields | {"weights": trained.weights, "architecture": trained.architecture}
-        return fields | {"weights": self._weights, "architecture": architecture(tower)}
+        blocks = (
+            tower.blocks if spec.tail is None else spec.blocks
+        )  # the last ones are in the tail's file
+        return fields | {"weights": self._weights(blocks), "architecture": architecture(tower)}
 
-    @functools.cached_property
-    def _weights(self) -> str:
-        return tower_hash(self.llava.folder, self.config.blocks)
+    @functools.cache  # noqa: B019 - one check of one folder
+    def _weights(self, blocks: tuple[int, ...]) -> str:
+        return tower_hash(self.llava.folder, blocks)
 
     @functools.cached_property
     def _trained_on(self) -> FeatureSpec | None:
@@ -168,9 +178,24 @@ class _Tower:
         return spec if tower == hash_tensors(self.llava.tower_tensors()) else None
 
 
+def _other_tail(tower: _Tower, reader: FeatureReader) -> list[str]:
+    """Return that the blocks behind the stored one are not those of the folder, if they are not.
+
+    The hash of the weights in a spec ends with the stored block.
+    """
+    spec, paths = reader.spec, reader.paths
+    if spec.tail is None:
+        return []
+    arrays = read_tail(paths.tail, paths.cache_root, spec.tail, spec.width)
+    theirs = read_tensors(open_tower(tower.llava.folder), spec.tail.blocks)
+    ours = block_tensors(load_tail(spec, arrays))
+    different = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+    return [f"tail: {len(different)} other tensors, such as {different[0]}"] if different else []
+
+
 def _differences(spec: FeatureSpec, wanted: Mapping[str, Any]) -> list[str]:
     """Return the fields that differ, in words."""
-    found = dataclasses.asdict(spec)
+    found = vars(spec.seen)
     return [
         f"{name} {_short(value)} there, {_short(found[name])} here"
         for name, value in wanted.items()

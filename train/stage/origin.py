@@ -36,6 +36,7 @@ from model.language.folder_template import FOLDER_TEMPLATE
 from model.language.lora import check_packages
 from model.language.model import load_tokenizer, max_positions, saved_positions
 from model.language.sources import local_folder
+from model.tail import VisionTail
 from model.vlm import VLM, build_vlm
 from train.stage import checkpoint, llava
 from train.stage.run_folder import CHECKPOINTS, FINAL, RUN
@@ -128,21 +129,27 @@ class Origin:
             return max_positions(str(self.path)) if is_own else saved_positions(self.path)
         return base.max_positions() if (base := self.base) else max_positions(str(self.meta["llm"]))
 
-    def load(self) -> VLM:
+    def load(self, tail: VisionTail | None = None) -> VLM:
         """Return the model with its weights, and adapters merged.
+
+        Args:
+            tail: the encoder's last blocks as encoded, for a model that starts without blocks of its own.
 
         Raises:
             UserError: a file is missing, damaged, or of another version or model.
         """
         if self.kind == "llava":
-            return llava.load(self.path)[0]
+            vlm = llava.load(self.path)[0]
+            vlm.tail = tail
+            return vlm
         if self.kind == "final":
             return load_final(self.path)[0]
         if base := self.base:
-            vlm = base.load()
+            vlm = base.load(tail)
         else:
             meta = self.meta
             vlm, _ = build_vlm(meta["vision_width"], meta["llm"], meta["connector"], meta["seed"])
+            vlm.tail = tail
         if "lora" not in self.meta:
             checkpoint.load_weights(self.path, vlm)
             return vlm

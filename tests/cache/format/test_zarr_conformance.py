@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import zarr
 
-from cache.format import zarr_codec, zarr_shard
 from cache.format.codec import CODECS
+from cache.format.zarr import codec as zarr_codec
+from cache.format.zarr import shard as zarr_shard
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter

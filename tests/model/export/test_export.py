@@ -28,7 +28,7 @@ from configs import UserError
 from model.attention.batch import PackedBatch
 from model.export.__main__ import main
 from model.export.compare import MismatchError
-from model.inference import answer, expand_prompt
+from model.inference import answer, expand_prompt, through_tail
 from model.io.saved_model import load_final
 from model.language.tokenizer import IMAGE_TOKEN, byte_tokenizer, token_id
 from model.vision.config import encoder_config
@@ -66,6 +66,21 @@ KINDS: dict[str, dict[str, Any]] = {
         "connector": "mlp",
         "llm": LlamaConfig(**SIZES, tie_word_embeddings=False),
     },
+    "clip with a tail, int8": {"block": 1, "blocks": (3,), "fit": "pad", "codec": "int8"},
+    "siglip with a tail, two blocks, pooled": {
+        "block": 0,
+        "blocks": (2, 3),
+        "model": "tiny-siglip",
+        "activation": "gelu",
+        "pool_image": 2,
+        "connector": "mlp",
+    },
+    "clip of transformers with a tail": {
+        "block": 2,
+        "tower": "clip",
+        "blocks": (3,),
+        "pool_image": 1,
+    },
     "pooled siglip": {"pool_image": 2, "model": "tiny-siglip", "activation": "gelu"},
     "dinov2 of transformers, pooled, tied llama": {
         "tower": "dinov2",
@@ -100,6 +115,7 @@ def photographs() -> list[Image.Image]:
 def make_run(folder: Path, kind: dict[str, Any]) -> tuple[VLM, VisionEncoder]:
     """Write a run of a kind, with the encoder's weights in a file."""
     kind = dict(kind)
+    block = kind.pop("block", None)
     connector, codec = kind.pop("connector", "linear"), kind.pop("codec", "fp16")
     llm = kind.pop("llm", "random:qwen3-tiny")
     if not isinstance(llm, str):
@@ -115,9 +131,12 @@ def make_run(folder: Path, kind: dict[str, Any]) -> tuple[VLM, VisionEncoder]:
         tower = tiny_clip.transformers_tower(kind.pop("tower"))
         tiny_clip.save_tower(folder / "tower", tower)
         sizes = {"compute_dtype": "float32", "batch_size": 3, "pool_frame": 2}
-        eyes = load_encoder(encoder_config(f"hf:{folder / 'tower'}", **sizes, **kind), device="cpu")
+        entry = encoder_config(f"hf:{folder / 'tower'}", **sizes, **kind)
+        entry = entry if block is None else entry.with_tail(block)
+        eyes = load_encoder(entry, device="cpu")
     else:
         entry = tiny_clip.entry(**kind)
+        entry = entry if block is None else entry.with_tail(block)
         weights = tiny_clip.write_weights(folder / "weights", entry.model)
         eyes = load_encoder(entry, device="cpu", weights=str(weights))
     return tiny_clip.save_trained(folder / "run", eyes, connector, codec=codec, llm=llm), eyes
@@ -153,7 +172,8 @@ def test_transformers_own_classes_compute_the_same(
         )
         inputs = processor(text=inputs, images=images, return_tensors="pt")
         features = eyes.encode(np.stack([eyes.prepare(image) for image in images]))
-        ids, _, flat = expand_prompt(tokenizer, ([("user", text, 1.0)], features))
+        prompt = through_tail(vlm, ([("user", text, 1.0)], features))
+        ids, _, flat = expand_prompt(tokenizer, prompt)
         assert inputs["input_ids"][0].tolist() == ids.tolist()
         batch = PackedBatch.one_sample(ids, torch.zeros(len(ids)), token_id(tokenizer, IMAGE_TOKEN))
         with torch.inference_mode():

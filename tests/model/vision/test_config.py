@@ -70,12 +70,24 @@ def test_demo_blocks_are_checked_and_codecs_fit() -> None:
         ({"batch_size": 0}, "at least 1"),
         ({"library": "timm"}, "none of open_clip, transformers, demo"),
         ({"activation": "quick_gelu"}, "the demo tower computes gelu"),
-        ({"library": "open_clip", "model": "x"}, "needs a tower"),
     ],
 )
 def test_invalid_values_in_an_entry_are_refused(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         encoder_config("demo", **overrides)
+
+
+def test_a_tower_of_stated_sizes_is_a_demo_tower() -> None:
+    sizes = encoder_config("demo").tower
+    given = {"name": "x", "blocks": (0,), "activation": "gelu"}
+    with pytest.raises(ValueError, match="library demo needs a tower"):
+        EncoderConfig(library="demo", **given)
+    with pytest.raises(ValueError, match=r"tower is for demo towers"):
+        EncoderConfig(library="transformers", model="x", tower=sizes, **given)
+    small = encoder_config("demo-clip")
+    assert (small.library, small.tower is not None) == ("open_clip", True)
+    with pytest.raises(UserError, match="encoder demo-clip has random weights and loads none"):
+        small.check_weights("/x", random_weights=False)
 
 
 def test_unknown_encoders_are_named_with_the_nearest() -> None:

@@ -5,6 +5,7 @@ python -m train.run --from llava-1.5-7b-hf --features cache
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -35,6 +36,9 @@ from model.io.saved_model import load_final
 from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, tower_hash
 from model.media.images import decode_image, resize_text
+from model.vision.config import encoder_config
+from model.vision.encoder import load_encoder
+from model.vision.tail_blocks import make_tail
 from tests.support import tiny_clip
 from tests.support.trained_runs import conversations, losses, photographs, talk
 from train import run
@@ -193,6 +197,42 @@ def here(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(small, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
+
+
+def test_a_llava_whose_last_blocks_train(small: Path, tmp_path: Path) -> None:
+    """Its tower's last blocks, behind what is stored, give the loss of transformers, and learn."""
+    folder = small / "llava"
+    config = encoder_config(f"hf:{folder}", compute_dtype="float32", pool_frame=1).with_tail(0)
+    eyes = load_encoder(config, device="cpu")
+    plain = eyes.spec("fp16")
+    tail, data = make_tail(config, plain)
+    spec = dataclasses.replace(plain, tail=tail)
+
+    def encode(image: Image.Image) -> Tensor:
+        return eyes.encode(eyes.prepare(image)[None])[0]
+
+    root = talk(tmp_path, spec, encode, eyes.load_info(), data)
+    more = ("--train-vision-blocks", "1", "--vision-learning-rate", "1e-3")
+    stage = train(folder, root, tmp_path / "run", *more, steps=2)
+    with torch.random.fork_rng(devices=[]):
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = reference(folder, model, conversations(photographs(tmp_path / "images")))
+    assert losses(stage)[0] == pytest.approx(expected, abs=2e-3)  # float16 rows
+    stored, trained = (
+        load_file(root.space(spec.name).tail),
+        load_file(stage / "final/tail.safetensors"),
+    )
+    assert not any(torch.equal(stored[name], trained[name]) for name in stored)
+    # Other blocks behind the same stored one are refused.
+    changed = load_file(folder / "model.safetensors")
+    name = next(n for n in changed if n.endswith("encoder.layers.1.mlp.fc1.bias"))
+    shutil.copytree(folder, tmp_path / "other")
+    save_file({**changed, name: changed[name] + 1}, tmp_path / "other/model.safetensors")
+    with pytest.raises(
+        UserError, match=r"tail: 1 other tensors, such as encoder\.layers\.1"
+    ) as caught:
+        train(tmp_path / "other", root, tmp_path / "refused")
+    assert "--block 0 --tail" in str(caught.value)
 
 
 def test_a_folder_and_a_run_of_one_name(here: Path, caplog: Any) -> None:

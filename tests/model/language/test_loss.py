@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import loss
-from model.loss import weighted_cross_entropy
+from model.language import loss
+from model.language.loss import weighted_cross_entropy
 
 
 class Head(NamedTuple):

@@ -25,7 +25,7 @@ MISSING = 2**64 - 1
 """Offset and nbytes of an empty slot, as Zarr defines them."""
 
 ROW_CODEC = "nanomolmo2.row"
-"""The name of the int8 and int4 row codecs in zarr.json. `cache.format.zarr_codec` has their class."""
+"""The name of the int8 and int4 row codecs in zarr.json. `cache.format.zarr.codec` has their class."""
 
 
 def crc_bytes(crc: int) -> bytes:

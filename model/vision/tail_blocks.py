@@ -1,0 +1,169 @@
+"""The blocks of a tower that training computes, as a file of a space: read from the tower, renamed, compared.
+
+    tail, data = make_tail(config, encoder.spec("int8"))
+
+The tower is loaded once more, as deep as the features need. Before anything is written, its outputs are
+compared with those of `model.tail` on one image of noise: a tower whose blocks compute something else, such
+as with scaled layers, is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.format.spec import FeatureSpec
+from cache.format.tail import Tail, file_bytes, file_sha256
+from configs import UserError
+from model.tail import load_tail
+from model.vision.config import EncoderConfig
+from model.vision.encoder import VisionEncoder, load_encoder
+from model.vision.hf_tower import HfTower
+
+LIMIT = 1e-4
+"""Largest relative difference between the outputs of the tower and those of `model.tail`, in float32."""
+_KINDS = ("weight", "bias")
+_OPEN_CLIP = {
+    "ln_1": "norm_1",
+    "attn.in_proj": "qkv",
+    "attn.out_proj": "out",
+    "ln_2": "norm_2",
+    "mlp.c_fc": "up",
+    "mlp.c_proj": "down",
+}
+_TIMM = {
+    "norm1": "norm_1",
+    "attn.qkv": "qkv",
+    "attn.proj": "out",
+    "norm2": "norm_2",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
+_TRANSFORMERS = {
+    "layer_norm1": "norm_1",
+    "self_attn.qkv": "qkv",
+    "self_attn.out_proj": "out",
+    "layer_norm2": "norm_2",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
+
+
+def make_tail(
+    config: EncoderConfig,
+    spec: FeatureSpec,
+    *,
+    random_weights: bool = False,
+    weights: str | None = None,
+) -> tuple[Tail, bytes]:
+    """Return the tail of an encoder and the bytes of its file.
+
+    Args:
+        config: the encoder's entry, from `EncoderConfig.with_tail`.
+        spec: of its space, without a tail.
+        random_weights: whether the encoder was loaded so.
+        weights: file or folder with the weights; None for the hub.
+
+    Raises:
+        UserError: the weights cannot be loaded, or `model.tail` does not compute what the blocks compute.
+    """
+    stored = config.blocks[0]
+    whole = dataclasses.replace(
+        config,
+        blocks=tuple(dict.fromkeys((stored, *config.tail))),
+        tail=(),
+        compute_dtype="float32",
+    )
+    checks = logging.getLogger("model.vision.activation_check")
+    checks.disabled = True  # they warned of this file when the encoder was loaded
+    try:
+        encoder = load_encoder(
+            whole,
+            device="cpu",
+            random_weights=random_weights,
+            weights=weights,
+        )
+    finally:
+        checks.disabled = False
+    tower: Any = encoder.tower
+    tower.keep_cls = True
+    blocks, names, norm, attention = _layers(tower)
+    arrays = {
+        f"blocks.{number}.{name}": value.numpy()
+        for number in range(stored + 1, max(config.tail) + 1)
+        for name, value in _renamed(blocks[number], names, config)
+    }
+    first = blocks[stored + 1]
+    tail = Tail(
+        first=stored + 1,
+        blocks=config.tail,
+        heads=getattr(first, attention).num_heads,
+        hidden=len(arrays[f"blocks.{stored + 1}.up.weight"]),
+        eps=getattr(first, norm).eps,
+        pool_image=config.pool_image,
+        pool_frame=config.pool_frame,
+    )
+    try:
+        spec = dataclasses.replace(spec, tail=tail)
+    except ValueError as error:
+        raise UserError(f"encoder {config.name}: {error}") from None
+    _compare(encoder, spec, arrays)
+    data = file_bytes(tail, arrays, spec.width)
+    return dataclasses.replace(tail, sha256=file_sha256(data)), data
+
+
+def _layers(tower: Any) -> tuple[Any, dict[str, str], str, str]:
+    """Return the blocks of a tower, our names of their parts, and their names of a norm and the attention."""
+    if isinstance(tower, HfTower):
+        return tower.layers, _TRANSFORMERS, "layer_norm1", "self_attn"
+    if tower.is_timm:
+        return tower.vit.blocks, _TIMM, "norm1", "attn"
+    return tower.vit.transformer.resblocks, _OPEN_CLIP, "ln_1", "attn"
+
+
+def _renamed(
+    block: torch.nn.Module, names: dict[str, str], config: EncoderConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield our names and the values of the tensors of a block.
+
+    Raises:
+        UserError: it has others than the blocks of CLIP and SigLIP.
+    """
+    found = {name.replace("in_proj_", "in_proj."): v for name, v in block.state_dict().items()}
+    for kind in _KINDS:
+        parts = [f"self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+        if all(part in found for part in parts):
+            found[f"self_attn.qkv.{kind}"] = torch.cat([found.pop(part) for part in parts])
+    wanted = {f"{old}.{kind}": f"{new}.{kind}" for old, new in names.items() for kind in _KINDS}
+    if different := sorted(wanted.keys() ^ found.keys()):
+        raise _other_blocks(config, f"{different[0]} is in only one of them")
+    for name, value in found.items():
+        yield wanted[name], value.detach().float().contiguous()
+
+
+def _other_blocks(config: EncoderConfig, why: str) -> UserError:
+    return UserError(
+        f"--tail: the blocks of encoder {config.name} are not those of CLIP and SigLIP, which training "
+        f"computes ({why}); encode without --block and --tail"
+    )
+
+
+def _compare(encoder: VisionEncoder, spec: FeatureSpec, arrays: dict[str, Any]) -> None:
+    """Raise UserError unless the tail computes from a stored block what the tower does."""
+    tower = encoder.tower
+    side = tower.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+    with torch.no_grad():
+        outputs = dict(zip(tower.take, tower(encoder.normalize(noise)), strict=True))
+        assert spec.tail is not None
+        wanted = torch.cat([outputs[block] for block in spec.tail.blocks], dim=-1)
+        found = load_tail(spec, arrays).outputs(outputs[spec.tail.first - 1])
+    difference = float((found - wanted).norm() / wanted.norm())
+    if not difference <= LIMIT:
+        raise _other_blocks(encoder.config, f"outputs differ by {difference:.1g}")
