@@ -129,11 +129,13 @@ def place(
     with contextlib.chdir(place):
         assert main([*words, *TWO, *WHOLE, "--run", "one-whole"]) == 0
         assert main([*mixed, "--run", "one-mixed"]) == 0
+        assert main([*mixed, "--lora", "4", "--run", "one-lora"]) == 0
         scenes = [
             *(
                 replace(scene, words=[*mixed, *scene.words, "--run", name])
                 for name, scene in SHARED.items()
             ),
+            Scene(name="lora", words=[*mixed, "--lora", "4", "--shard", "full", "--run", "lora"]),
             *(Scene(name=n, words=[n], processes=3) for n in EXCHANGES),
             Scene(
                 name="whole",
@@ -204,6 +206,14 @@ def test_several_processes_train_the_model_that_one_process_trains(place: Path, 
         assert all(any(samples for samples, _ in same) for same in micro_batches)
 
 
+def test_adapters_are_trained_in_parts_and_saved_whole(place: Path) -> None:
+    one, several = run_of(place, "one-lora"), run_of(place, "lora")
+    assert [o.code for o in outcomes(place, "lora")] == [0, 0]
+    assert (one / "final/adapter_model.safetensors").exists()
+    assert losses(one)[-1] < losses(one)[0]
+    assert_equal_trainings(one, several)
+
+
 def assert_equal_trainings(one: Path, several: Path) -> None:
     """Compare losses and gradient norms of every step, held-out losses, counts, and the final weights."""
     assert losses(several) == pytest.approx(losses(one), rel=TOLERANCE)
@@ -213,7 +223,7 @@ def assert_equal_trainings(one: Path, several: Path) -> None:
     )
     for what in ("samples", "tokens", "step", "epoch", "lr", "held_out_samples"):
         assert losses(several, what) == losses(one, what), what
-    for name in ("model.safetensors", "connector.safetensors"):
+    for name in (file.name for file in (one / "final").glob("*.safetensors")):
         weights = load_file(several / "final" / name)
         expected = load_file(one / "final" / name)
         assert weights.keys() == expected.keys()
