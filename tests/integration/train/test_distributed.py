@@ -210,7 +210,6 @@ def test_adapters_are_trained_in_parts_and_saved_whole(place: Path) -> None:
     one, several = run_of(place, "one-lora"), run_of(place, "lora")
     assert [o.code for o in outcomes(place, "lora")] == [0, 0]
     assert (one / "final/adapter_model.safetensors").exists()
-    assert losses(one)[-1] < losses(one)[0]
     assert_equal_trainings(one, several)
 
 
