@@ -14,7 +14,15 @@ from torch.distributed.run import parse_args
 import configs
 from configs import UserError, dump, parse
 from tests.support import ROOT
-from train.config import SELECTORS, Options, parse_mix, preset
+from train.config import (
+    COMMON_KEYS,
+    MACHINE_KEYS,
+    SELECTORS,
+    Options,
+    common_options,
+    parse_mix,
+    preset,
+)
 from train.distributed import group
 
 
@@ -66,6 +74,16 @@ def test_a_step_has_the_batches_of_all_processes_and_a_resumed_run_keeps_their_n
     saved.parent.mkdir(parents=True)
     saved.write_text(dump(Options(processes=4)))
     assert preset({"resume": "true"})["processes"] == 4  # whatever number of processes resumes it
+
+
+def test_processes_have_in_common_what_decides_what_they_do_together() -> None:
+    ours = common_options(Options())
+    for name, value in {"shard": "full", "offload": True, "max_tokens": 9000, "seed": 1}.items():
+        theirs = common_options(Options(**{name: value}))
+        assert {key for key in ours if ours[key] != theirs[key]} == {name}
+    own = {"device": "cpu", "read_threads": 7, "features": "elsewhere", "log_every": 3}
+    assert common_options(Options(**own)) == ours
+    assert COMMON_KEYS <= MACHINE_KEYS
 
 
 def read(words: list[str]) -> Options:

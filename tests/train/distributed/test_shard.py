@@ -112,6 +112,21 @@ def test_a_sharded_model_in_one_process_learns_the_same_to_the_bit(
     assert part_number(sharded) == part_number(plain) == 0
 
 
+def test_adapters_are_the_same_to_the_bit() -> None:
+    """Trained and frozen weights are in one unit; only the former have gradients."""
+    plain, sharded = model(), model()
+    for vlm in (plain, sharded):
+        vlm.add_adapters(4, seed=0)
+        vlm.freeze(True, True)
+    shard(sharded, ProcessGroup(), CPU, "full", offload=True)
+    assert learn(sharded) == learn(plain)
+    assert fingerprint(sharded.parameters()) == fingerprint(plain.parameters())
+    make_whole(sharded, ProcessGroup())
+    for vlm in (plain, sharded):
+        vlm.merge_adapters()
+    assert fingerprint(sharded.parameters()) == fingerprint(plain.parameters())
+
+
 def test_bfloat16_is_the_same_to_the_bit() -> None:
     plain, sharded = model(), model()
     shard(sharded, ProcessGroup(), CPU, "full", offload=True)
