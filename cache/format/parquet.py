@@ -39,6 +39,8 @@ _BY_NUMBER = (_OLD_DICTIONARY, _DICTIONARY)
 
 _MOST_ITEMS = 1 << 15
 """Items of one list in a footer: row groups of 8,192 samples each make 268 million samples."""
+_MOST_COLUMNS = 64
+"""More columns than a table has: none of them takes more than this share of a limit by a rough bound."""
 _MOST_DEPTH = 16
 _PAGE_HEADER_BYTES = 1 << 16
 
@@ -216,9 +218,9 @@ def _check_column(
         raise ValueError(f"{name} has {count:,} values in pages of {seen:,}")
     nbytes += 16 * count  # numbers, offsets and nulls
     if dictionary is not None and column.physical_type == "BYTE_ARRAY" and name not in coded:
-        if numbered * dictionary[2] > limits.nbytes:  # if its longest value occurred each time
-            return nbytes + numbered * _longest(data, dictionary, codec)
-        nbytes += numbered * dictionary[2]
+        # If its longest value occurred each time; of a small column, if the whole dictionary did.
+        small = numbered * dictionary[2] * _MOST_COLUMNS <= limits.nbytes
+        nbytes += numbered * (dictionary[2] if small else _longest(data, dictionary, codec))
     return nbytes
 
 

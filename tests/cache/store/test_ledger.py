@@ -97,3 +97,15 @@ def test_a_source_that_is_gone_keeps_its_key(tmp_path: Path) -> None:
     assert (first.key, first.width, first.height, first.bytes) == (key, 7, 5, 9)
     assert (video.key, video.duration_s) == (key, 1.5)
     assert [now[s].key for s in ("/there", "https://a/2", "https://a/never")] == [None] * 3
+
+
+@pytest.mark.parametrize("count", [1_700, 2_000, 2_119, 2_400, 20_000])
+def test_a_part_of_any_size_is_read(tmp_path: Path, count: int) -> None:
+    """Bounds of two columns of different texts once went over the limit together, at about 2,000 rows."""
+    root = CacheRoot(tmp_path)
+    records = [
+        MediaRecord(source=f"/media/{number}.jpg", key=key(number), width=640, height=480)
+        for number in range(count)
+    ]
+    append_media(root, records, "job")
+    assert media_table(root).num_rows == count
