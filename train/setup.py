@@ -326,7 +326,7 @@ def keep_origin(
             key: origin.meta[key] for key in kept if origin.meta.get(key) is not None
         }
         # Adapters belong to whole weights, and those of `vlm` may be rounded to 4 bits.
-        whole = vlm if vlm.adapters is None else origin.load()
+        whole = vlm if vlm.adapters is None else origin.load(vlm.tail)
         save_final(start, whole, tokenizer, {key: values[key] for key in kept})
         origin = Origin(path=start, kind="final", meta=read_meta(start))
     facts = {**facts, "origin": origin.record(folder)}
