@@ -1,6 +1,6 @@
 """Load, check and save a language model: an untrained preset, a folder, or a Hugging Face id.
 
-`random:<preset>` (configs/model.yaml) is an untrained Qwen3 with a byte-level tokenizer. It needs no file and
+`random:<preset>` (configs/model.yaml) is an untrained Qwen with a byte-level tokenizer. It needs no file and
 no network.
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -44,7 +45,7 @@ ROW_MULTIPLE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class LanguagePreset:
-    """Sizes of an untrained Qwen3, and the words of its built-in tokenizer."""
+    """Sizes of an untrained Qwen, and the words of its built-in tokenizer."""
 
     hidden_size: int
     """Width of the residual stream."""
@@ -58,6 +59,8 @@ class LanguagePreset:
     """Values per head; even, because rotary positions rotate pairs of values."""
     intermediate_size: int
     """Width inside the MLP."""
+    family: Literal["qwen3", "qwen2"] = "qwen3"
+    """`qwen3` has norms of queries and keys, `qwen2` (also Qwen2.5) biases of queries, keys and values."""
     vocab_rows: int = 0
     """Rows of the tied embedding; 0: the size of the tokenizer, rounded up to a multiple of 64."""
     max_positions: int = 4096
@@ -73,12 +76,13 @@ class LanguagePreset:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd")
 
-    def config(self, vocabulary: int) -> Qwen3Config:
+    def config(self, vocabulary: int) -> Qwen3Config | Qwen2Config:
         """Return the transformers config for a tokenizer of `vocabulary` ids."""
         rows = self.vocab_rows or -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
         if rows < vocabulary:
             raise ValueError(f"vocab_rows {rows} is below the tokenizer's {vocabulary} ids")
-        return Qwen3Config(
+        config = Qwen3Config if self.family == "qwen3" else Qwen2Config
+        return config(
             vocab_size=rows,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
