@@ -8,6 +8,7 @@
     vision_tail.py   the encoder's last blocks, as a space has them
     card.py          what the model was trained on, for model.export
     ending.py        how a training ends early: in one line, with the command that goes on
+    less_memory.py   the settings that need less memory, in order
 
 Read run_folder.py first.
 """

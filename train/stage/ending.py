@@ -16,7 +16,7 @@ import math
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from cache.errors import CacheError, UnreachableError
 from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from configs import UserError
-from configs.command_line import CommandLine, command_text
+from configs.command_line import CommandLine, command_text, with_options
 from configs.signals import Interrupts
 from model.vlm import VLM
 from train.config import Options, free_name
@@ -35,6 +35,7 @@ from train.data.sample_list import SampleList
 from train.distributed.group import ProcessGroup
 from train.metrics import read_metrics
 from train.stage import checkpoint
+from train.stage.less_memory import is_out_of_memory, less_memory, on_gpu, shorter
 from train.stage.origin import Origin
 from train.stage.run_folder import CHECKPOINTS
 from train.step import SAMPLES_NAMED, NonFiniteError
@@ -49,7 +50,6 @@ DISK_ERRORS = {
 """errno -> what is wrong, and what the user does about it."""
 OS_ERROR = re.compile(r"os error (\d+)")
 """How safetensors and tokenizers, which are written in Rust, name an errno."""
-NO_MEMORY = re.compile("out of memory|can(no|')t allocate memory|not enough memory", re.IGNORECASE)
 DIVERGED = 2.0
 """Weights have diverged if their loss is more than that of guessing, and more than this many times that of
 the run's first step."""
@@ -69,13 +69,16 @@ def command_line(program: str, words: list[str], group: ProcessGroup) -> Command
 
 
 @contextlib.contextmanager
-def one_line(folder: Path, command: CommandLine, options: Options) -> Iterator[None]:
+def one_line(
+    folder: Path, command: CommandLine, options: Options, processes: int = 1
+) -> Iterator[None]:
     """Say in one line how to go on after errors of a disk, memory or server, or a signal that ends at once.
 
     Args:
         folder: the folder of the stage.
         command: the command line.
         options: the options.
+        processes: that train together.
 
     Raises:
         UserError: for errors of a disk, of memory or of the server of a remote cache.
@@ -94,20 +97,11 @@ def one_line(folder: Path, command: CommandLine, options: Options) -> Iterator[N
             what, remedy = found
             place = getattr(error, "filename", None) or folder
             message = f"{place}: {what}; {go_on(folder, command, remedy)}"
-        elif isinstance(error, MemoryError | RuntimeError | OSError) and NO_MEMORY.search(
-            _text(error)
-        ):
-            smaller = _smaller(options)
-            remedy = "" if smaller else "Take a smaller --llm or --max-sequence-length"
-            message = f"out of memory ({configs.one_line(error, 80)}); "
-            message += go_on(folder, command, remedy, **smaller)
+        elif is_out_of_memory(error):
+            message = _out_of_memory(error, folder, command, options, processes)
         else:
             raise
         raise UserError(message) from error
-
-
-def _text(error: Exception) -> str:
-    return str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
 
 
 def _disk_error(error: Exception) -> tuple[str, str] | None:
@@ -118,12 +112,38 @@ def _disk_error(error: Exception) -> tuple[str, str] | None:
     return DISK_ERRORS.get(number or 0)
 
 
-def _smaller(options: Options) -> dict[str, object]:
-    """Return options that need less memory and change nothing that is learned; {} if there are none."""
-    window = max(options.max_sequence_length, options.max_tokens // 2)
-    if options.use_gradient_checkpointing and window == options.max_tokens:
-        return {}
-    return {"max_tokens": window, "use_gradient_checkpointing": True}
+def _out_of_memory(
+    error: Exception, folder: Path, command: CommandLine, options: Options, processes: int
+) -> str:
+    """Return what is kept after an error of memory, the settings that need less, and the command."""
+    now, another = less_memory(options, processes=processes, gpu=on_gpu(error))
+    newest = checkpoint.newest(folder / CHECKPOINTS)
+    kept = f"{newest} is kept" if newest else "no checkpoint was saved yet"
+    # Another run is needed only for what a checkpoint would contradict.
+    fresh = {"run": free_name(options.run), "resume": None, "from_": newest} if newest else {}
+    if now:
+        # The two that every machine has, or else one that moves the model.
+        cheap = ("max_tokens", "use_gradient_checkpointing")
+        first = {n: v for n, v in now.items() if n in cheap} or dict([next(iter(now.items()))])
+        order = f"These need less memory, in this order: {_options_text(now)}"
+        order += f"; in another run, {_options_text(another)}" if another else ""
+        how = f"Go on with: {command.text(**first, resume=True)}"
+        if not newest:
+            how = f"Start again with: {command.text(**first)}"
+    elif another:
+        order = f"In another run, {_options_text(another)} needs less memory"
+        how = f"Start it with: {command.text(**fresh, **another)}"
+        if not newest:
+            order = f"{_options_text(another)} needs less memory"
+            how = f"Start again with: {command.text(**another)}"
+    else:
+        order = "Take a smaller --llm, or shorter sequences"
+        how = f"Start another run with: {command.text(**fresh, **shorter(options))}"
+    return f"out of memory ({configs.one_line(error, 80)}); {kept}. {order}. {how}"
+
+
+def _options_text(values: Mapping[str, object]) -> str:
+    return ", ".join(" ".join(with_options([], **{name: value})) for name, value in values.items())
 
 
 def go_on(folder: Path, command: CommandLine, remedy: str = "", **changes: object) -> str:

@@ -62,6 +62,8 @@ class Scene:
     """The number of steps whose checkpoint is being written when the last process ends without a word."""
     background: bool = False
     """Whether checkpoints are written while training goes on, as on a GPU."""
+    exhausted_after: int | None = None
+    """The step after which the last process asks for more memory than there is."""
     drifting: bool = False
     """Whether the second process starts with different weights."""
     final: bool = False
@@ -159,6 +161,8 @@ def changed(scene: Scene, rank: int, parts: list[list[list[int]]]) -> Iterator[N
             raise UserError(f"stopped in step {number + 1}")
         if number == scene.killed_after and rank == scene.processes - 1:
             os._exit(9)
+        if number == scene.exhausted_after and rank == scene.processes - 1:
+            torch.empty(1 << 55, dtype=torch.uint8)
 
     def write(writer: Any, *arguments: Any) -> Any:
         is_last = rank == scene.processes - 1

@@ -56,6 +56,7 @@ MIX = [
     *("--use-gradient-checkpointing", "--held-out", "0.2"),
 ]
 """Four samples a step: trees of an image and its two samples, clips, texts without media."""
+FEW = ["--max-steps", "4", "--eval-every", "0", "--max-tokens", "256"]
 HIGH = [
     *("--learning-rate", "1e12", "--connector-learning-rate", "1e12", "--warmup-steps", "0"),
     *("--connector-warmup-steps", "0", "--save-every", "1"),
@@ -70,6 +71,11 @@ SHARED = {
     "offload-1": Scene(name="offload-1", words=["--offload"], processes=1),
 }
 """Trainings that have to equal that of one process without --offload."""
+MEMORY = (
+    r"out of memory \(\[enforce fail .*/step-00000002 is kept\. These need less memory, in this "
+    r"order: --max-tokens 128, --use-gradient-checkpointing, --shard full; in another run, --lora "
+    r"16\. Go on with: torchrun --nproc-per-node 2 -m train\.run -- .*checkpointing --resume$"
+)
 TOLERANCE = 1e-6
 
 
@@ -152,6 +158,11 @@ def place(
             Scene(
                 name="nan",
                 words=[*words, "--run", "nan", "--held-out", "0", "--features", str(broken.path)],
+            ),
+            Scene(
+                name="memory",
+                words=[*words, *TWO, "--run", "memory", "--save-every", "2", *FEW],
+                exhausted_after=2,
             ),
             Scene(name="diverged", words=[*words, "--run", "diverged", "--shard", "full", *HIGH]),
             Scene(name="mistake", words=[*words, "--run", "x", "--space", "nothing"]),
@@ -319,6 +330,7 @@ def test_the_main_process_goes_first(place: Path) -> None:
     [
         ("nan", r"step \d+: the loss is nan; samples .*colors/11-.* Nothing was updated"),
         ("diverged", "The weights of step-00000001 had diverged too. Start again with lower rates"),
+        ("memory", MEMORY),
         ("mistake", "no space 'nothing' under"),
         ("command", "nearest: --learning-rate"),
         ("busy", "another trainer is at work on this stage"),

@@ -435,6 +435,30 @@ def test_too_little_memory_is_one_line(train: Any, monkeypatch: pytest.MonkeyPat
     goes_on(train, error)
 
 
+def test_an_allocation_that_fails_loses_nothing(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fifth step torch is asked for more memory than there can be; the last checkpoint stays."""
+    real = run.forward_backward
+
+    def huge(step: int, *arguments: Any) -> Any:
+        if step == 4:
+            torch.empty(1 << 55, dtype=torch.uint8)
+        return real(step, *arguments)
+
+    words = ["--max-sequence-length", "64", "--max-tokens", "256"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "forward_backward", huge)
+        code, error = train(*words)
+    assert code == 2 and error.splitlines()[-1].startswith("error: out of memory ([enforce fail")
+    assert f"; {STAGE}/checkpoints/step-00000004 is kept. These need less memory, in this" in error
+    assert printed(error)[-1] == "--resume"
+    parts = losses(goes_on(train, error))
+    assert train("--run", "whole", *words)[0] == 0
+    # Smaller micro-batches add up the same numbers in another order.
+    assert parts == pytest.approx(losses(Path("runs/whole/stage1")), rel=1e-5)
+
+
 def test_a_tracker_that_fails_leaves_no_run(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, error = train("--log", "wandb")

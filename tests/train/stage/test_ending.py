@@ -92,12 +92,3 @@ def test_one_line_for_what_a_user_can_solve(error: Exception, what: str) -> None
 def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)), ending.one_line(Path("run"), COMMAND, Options()):
         raise error
-
-
-def test_without_a_smaller_setting_the_way_out_says_so() -> None:
-    least = Options(max_tokens=4096, max_sequence_length=4096, use_gradient_checkpointing=True)
-    with (
-        pytest.raises(UserError, match="Take a smaller --llm"),
-        ending.one_line(Path("run"), COMMAND, least),
-    ):
-        raise MemoryError
