@@ -16,6 +16,7 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
 from cache.store.samples import check_held_out
 from configs import UserError, nearest
+from configs.hardware import on_hardware, one_card
 from model.io.run_files import refuse_links_beside
 
 SELECTORS = (
@@ -53,8 +54,11 @@ class Options(RemoteOptions):
 
     stage: Literal[1, 2, 3] = 1
     """1 pre-training, 2 fine-tuning, 3 long context; each starts from the previous stage of the run."""
-    hardware: Literal["auto", "cpu", "24gb", "40gb", "80gb"] = "auto"
-    """Preset for batch size, length and memory (configs/train.yaml); `auto`: by the memory of the GPU."""
+    hardware: Literal[
+        "auto", "cpu", "16gb", "24gb", "40gb", "2x40gb", "4x40gb", "80gb", "2x80gb"
+    ] = "auto"
+    """Preset for batch size, length and memory (configs/train.yaml); `auto`: by the memory of the GPU.
+    `2x40gb` is for two GPUs of 40 GB."""
 
     config: Path | None = None
     """Your own file of stages, over configs/train.yaml. Default: nanomolmo2.yaml in this folder, if any."""
@@ -281,14 +285,15 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
         values = {k: v for k, v in read_saved(saved).items() if k not in ("resume", "inspect")}
         if "hardware" not in selected:
             return values
-        machine = {k: v for k, v in _hardware(hardware, selected).items() if k in MACHINE_KEYS}
-        return _fit_window(values | machine)
+        _, machine = _hardware(hardware, selected)
+        return _fit_window(values | {k: v for k, v in machine.items() if k in MACHINE_KEYS})
     _check_user_stages()
     users = configs.user_section("stages").get(stage, {})
     ours = configs.read_yaml(configs.FOLDER / "train.yaml")["stages"][stage]
     values = _scale_warmups(ours, str(users.get("max_steps", ""))) | users
     values = _scale_warmups(values, selected.get("max_steps", ""))
-    values |= _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
+    name, machine = _hardware(hardware, selected)
+    values = on_hardware(values, name, machine) | {"stage": stage, "hardware": hardware}
     rank = selected.get("lora", str(values.get("lora", 0)))
     if rank.isdecimal() and int(rank) and "learning_rate" not in users:
         values["learning_rate"] = round(values["learning_rate"] * LORA_RATE, 12)
@@ -318,8 +323,8 @@ def _stage(text: str) -> int:
     return int(text)
 
 
-def _hardware(name: str, selected: Mapping[str, str]) -> dict[str, Any]:
-    """Return the hardware preset `name`, or with `auto` that of the device."""
+def _hardware(name: str, selected: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the values of a hardware preset; of `auto`, those for the device."""
     presets: dict[str, Any] = configs.load("train")["hardware"]
     if name == "auto":
         name = detect_hardware(selected.get("device", "auto"))
@@ -328,7 +333,7 @@ def _hardware(name: str, selected: Mapping[str, str]) -> dict[str, Any]:
         raise UserError(
             f"--hardware {name}: there are {', '.join(known)}{nearest(name, known)} (configs/train.yaml)"
         )
-    return dict(presets[name])
+    return name, dict(presets[name])
 
 
 def _scale_warmups(stage: dict[str, Any], max_steps: str) -> dict[str, Any]:
@@ -351,12 +356,10 @@ def detect_hardware(device: str) -> str:
         return "cpu"
     import torch  # here, because it takes 2 s and is not needed otherwise
 
-    from model.io.device import hardware_preset
-
     if not torch.cuda.is_available():
         return "cpu"
     index = torch.device(device if device.startswith("cuda") else "cuda").index or 0
-    return hardware_preset(torch.cuda.get_device_properties(index).total_memory)
+    return one_card(torch.cuda.get_device_properties(index).total_memory)
 
 
 def read_saved(path: Path) -> dict[str, Any]:

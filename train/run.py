@@ -34,6 +34,7 @@ from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine, merge
 from configs.console import bytes_text
+from configs.hardware import check_processes
 from configs.signals import Interrupts, orderly_sigterm
 from configs.text import say
 from model.io.saved_model import save_final
@@ -89,6 +90,8 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
     )
     options = dataclasses.replace(options, processes=options.processes or group.world_size)
     command = ending.command_line(PROG, words, group)
+    if not options.resume:
+        check_processes(options.hardware, options.processes, command)
     if (
         options.resume
     ):  # has the options of the run, so every command that goes on from it has them too
@@ -100,7 +103,7 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
         return 0
     run_folder.read_facts(folder)  # a damaged run.json is an error before anything is loaded
     device = group.device(options.device)
-    with ending.one_line(folder, command, options):
+    with ending.one_line(folder, command, options, group.world_size):
         return train_stage(folder, options, device, command, group)
 
 

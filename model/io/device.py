@@ -45,13 +45,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cpu")
 
 
-def hardware_preset(memory_bytes: int) -> str:
-    """Return the hardware preset (configs/train.yaml) for a GPU with this much memory."""
-    # A card reports less than its name says (an A100-40 39.4 GiB), so the limits are below 80 and 40.
-    gib = memory_bytes / 2**30
-    return "80gb" if gib > 70 else "40gb" if gib > 35 else "24gb"
-
-
 def native_dtype(device: torch.device) -> torch.dtype:
     """Return the precision for the encoder on `device`.
 

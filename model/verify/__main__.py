@@ -16,10 +16,10 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,39 +27,29 @@ from PIL import Image
 
 import configs
 from cache.format.codec import CODECS
-from configs import UserError
-from configs.console import bytes_text, free_bytes, table_text
+from configs import UserError, nearest
+from configs.console import bytes_text, free_bytes
+from configs.hardware import one_card
 from model.attention.batch import PackedBatch
 from model.attention.kernels import cuda_kernel
 from model.generate import live_features
-from model.io.device import hardware_preset, pick_device
+from model.io.device import pick_device
 from model.language.chat_template import tokenize_messages
 from model.language.tokenizer import image_id
-from model.verify.memory import (
-    GIB,
-    USABLE,
-    Sizes,
-    Step,
-    sample_flops,
-    sizes_of,
-    stage_days,
-    step_bytes,
+from model.verify.memory import GIB, sizes_of
+from model.verify.tables import (
+    RANK,
+    Plan,
+    memory_table,
+    memory_verdicts,
+    models_table,
+    settings_table,
 )
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import VLM, build_vlm, parameter_counts
 
 PROG = "python -m model.verify"
-
-GPUS = {
-    "24gb": ("RTX 4090", 24, 165.2),
-    "40gb": ("A100-40", 40, 312.0),
-    "80gb": ("A100-80", 80, 312.0),
-}
-"""Hardware preset -> a card of that size, its memory in GiB, its dense bfloat16 peak in TFLOP/s (vendor)."""
-
-CARD_GIB = (16, 24, 40, 80)
-"""GPU sizes that get a verdict on a machine without a GPU."""
 
 PIXMO_CAP_IMAGES = 717_000
 """Rows of allenai/pixmo-cap, the largest image set of stage 1: the measure for disk space."""
@@ -87,6 +77,8 @@ class Options:
     """For the disk space: how rows are stored."""
     gpus: int = 4  # configs/train.yaml counts its batches for 4
     """For the days: GPUs that train together."""
+    hardware: str = "auto"
+    """For the table of single settings: a hardware preset of configs/train.yaml; `auto`: that of this GPU."""
     mfu: float = 0.35
     """For the days: share of the GPUs' peak that becomes model arithmetic."""
     text_tokens: int = 100
@@ -112,19 +104,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         device, problem = torch.device("cpu"), str(error)
         print(f"GPU: not usable: {problem}")
+    preset = preset_of(options, device)
     encoder, vlm, passed = load_all(options, device)
     print("\n" + parameter_table(encoder, vlm))
     counts = {part: total for part, (_, total) in parameter_counts(vlm).items()}
     sizes = sizes_of(vlm.language.config, **counts)
-    image_tokens = encoder.spec(options.codec).tokens("image")
-    print("\n" + memory_table(sizes, image_tokens, options))
+    print(
+        f"adapters (--lora {RANK}) have {sizes.adapters(RANK):,} parameters, and train instead of it"
+    )
+    spec = encoder.spec(options.codec)
+    plan = Plan(mfu=options.mfu, text_tokens=options.text_tokens)
+    print("\n" + memory_table(sizes, spec.tokens("image"), plan))
+    print("\n" + settings_table(sizes, preset))
+    print("\n" + models_table(options.connector or configs.load("model")["connector"], spec.width))
     print(
         "\nEstimates, not measurements (model/verify/memory.py): GiB at the peak of a step, on each\n"
-        f"GPU; days on {options.gpus} GPUs at MFU {options.mfu:g}, if every sample is one image and "
-        f"{options.text_tokens} tokens of text,\nand if every sample fills the window."
+        f"GPU; in brackets: does not fit. Days on {options.gpus} GPUs, or as many as the preset is for, at "
+        f"MFU {options.mfu:g},\nif every sample is one image and {options.text_tokens} tokens of text, and "
+        "if every sample fills the window."
     )
     print("\n" + "\n".join([*memory_verdicts(device, sizes), disk_verdict(encoder, options)]))
     return 1 if problem or not passed else 0
+
+
+def preset_of(options: Options, device: torch.device) -> str:
+    """Return the hardware preset of `--hardware`; of `auto` that of the GPU, or `24gb` if there is none.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    known = configs.load("train")["hardware"]
+    if options.hardware == "auto":
+        if device.type != "cuda":
+            return "24gb"
+        return one_card(torch.cuda.get_device_properties(device).total_memory)
+    if options.hardware not in known:
+        raise UserError(
+            f"--hardware {options.hardware}: there are auto, {', '.join(known)}"
+            f"{nearest(options.hardware, known)} (configs/train.yaml)"
+        )
+    return options.hardware
 
 
 def describe_device(device: torch.device) -> str:
@@ -181,52 +200,6 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     return encoder, vlm, math.isfinite(mean)
 
 
-def memory_verdicts(device: torch.device, sizes: Sizes) -> list[str]:
-    """Return one verdict for the GPU `device`, or one for each of `CARD_GIB` if it is not a CUDA GPU."""
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        gib = card.total_memory / GIB
-        name = f"this GPU ({card.name}, {gib:.1f} GiB)"
-        return [memory_verdict(name, gib, hardware_preset(card.total_memory), sizes)]
-    cards = {gib: f" ({card})" for card, gib, _ in GPUS.values()}
-    return [
-        memory_verdict(
-            f"a GPU of {gib} GB{cards.get(gib, '')}",
-            USABLE * gib,
-            hardware_preset(gib * GIB),
-            sizes,
-        )
-        for gib in CARD_GIB
-    ]
-
-
-def memory_verdict(card: str, usable_gib: float, preset: str, sizes: Sizes) -> str:
-    """Say in one line whether every stage fits a GPU, and which setting decides.
-
-    Args:
-        card: name of the GPU in the line.
-        usable_gib: memory that a process can use on it, GiB.
-        preset: hardware preset (configs/train.yaml) that the stages run with.
-        sizes: of language model and connector.
-    """
-    train = configs.load("train")
-    settings = {n: {**stage, **train["hardware"][preset]} for n, stage in train["stages"].items()}
-    bytes_of = {n: step_bytes(sizes, step_of(s, gpu=True)) for n, s in settings.items()}
-    worst = max(bytes_of, key=lambda stage: bytes_of[stage]["total"])
-    fixed = ("weights", "gradients", "AdamW", "bf16 copies", "process")
-    if sum(bytes_of[worst][part] for part in fixed) > usable_gib * GIB:
-        decides = "train_llm"  # no window, however short, would help
-    else:
-        decides = max(("max_tokens", "max_sequence_length"), key=settings[worst].__getitem__)
-    fitting = [n for n, parts in bytes_of.items() if parts["total"] <= usable_gib * GIB]
-    fits = "Fits" if len(fitting) == len(bytes_of) else "Does NOT fit"
-    others = f"; stages that fit: {', '.join(map(str, fitting)) or 'none'}"
-    return (
-        f"{fits} {card}: an estimated {bytes_of[worst]['total'] / GIB:.1f} GiB in stage {worst}, decided by "
-        f"{decides}: {settings[worst][decides]}{'' if fits == 'Fits' else others}"
-    )
-
-
 def disk_verdict(encoder: VisionEncoder, options: Options) -> str:
     """Say in one line whether the features of pixmo-cap's images fit the disk of `options.features`."""
     row_bytes = {}
@@ -262,70 +235,6 @@ def parameter_table(encoder: VisionEncoder, vlm: VLM) -> str:
         "the trainer never loads it"
     )
     return "\n".join(lines)
-
-
-def memory_table(sizes: Sizes, image_tokens: int, options: Options) -> str:
-    """Return a table of each stage on each hardware preset: GiB of each part, whether they fit, and days."""
-    train = configs.load("train")
-    rows, columns = [], []
-    for number, stage in train["stages"].items():
-        for name, hardware in train["hardware"].items():
-            settings = {**stage, **hardware}
-            step = step_of(settings, gpu=name in GPUS)
-            needed = step_bytes(sizes, step)
-            columns = [part.replace(" ", "-") for part in needed]
-            card, fits = _fits(name, needed["total"])
-            days = ""
-            if fits and name in GPUS:
-                days = _days(name, settings, sizes, image_tokens, options)
-            rows.append(
-                [f"stage {number}", name, f"{step.tokens:,}", "yes" if step.checkpointing else "no"]
-                + [f"{nbytes / GIB:.1f}" for nbytes in needed.values()]
-                + [card if fits else f"NOT {card}", days]
-            )
-    header = ["GiB", "hardware", "tokens", "checkpointing", *columns, "fits"]
-    header.append("days: an image, full window")
-    return table_text(header, rows, right=" ".join(["tokens", *columns]))
-
-
-def step_of(settings: Mapping[str, Any], gpu: bool) -> Step:
-    """Return the step that a stage's and a hardware preset's settings describe.
-
-    A micro-batch holds at least one whole window, so the longer of the two limits counts.
-    """
-    return Step(
-        tokens=max(settings["max_tokens"], settings["max_sequence_length"]),
-        checkpointing=settings["use_gradient_checkpointing"],
-        gpu=gpu,
-        train_connector=settings["train_connector"],
-        train_llm=settings["train_llm"],
-    )
-
-
-def _fits(name: str, total: int) -> tuple[str, bool]:
-    """Return the card (or "this machine") of a hardware preset, and whether `total` bytes fit it."""
-    if name not in GPUS:
-        return "this machine", total < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    card, gib, _ = GPUS[name]
-    return card, total <= USABLE * gib * GIB
-
-
-def _days(
-    name: str, settings: Mapping[str, Any], sizes: Sizes, image_tokens: int, options: Options
-) -> str:
-    """Return the days if every sample is one image with its text, and if every sample fills the window."""
-    samples = settings["batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
-    window = settings["max_sequence_length"]
-    days = [
-        stage_days(
-            samples * sample_flops(sizes, tokens, options.text_tokens, settings["train_llm"]),
-            settings["max_steps"],
-            GPUS[name][2],
-            options.mfu,
-        )
-        for tokens in (min(window, image_tokens + options.text_tokens), window)
-    ]
-    return f"{days[0]:.1f}, {days[1]:.1f}"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
 """Estimate the memory of one training step and the days of a stage from the model's sizes.
 
 T tokens of a micro-batch, D width, Hq query heads, Hkv key and value heads, Q = Hq x head width, K = Hkv x
-head width, I width inside the MLP, V vocabulary rows.
+head width, I width inside the MLP, V vocabulary rows, R rank of adapters.
 
 Bytes that autograd keeps of one decoder layer, per token, as transformers writes the layer (norm; q, k, v;
-norm of q and k; rotary positions; attention; projection; norm; SwiGLU). `tests/model/test_verify.py` counts
-the bytes of a running model with saved-tensor hooks, and the formula is exact:
+norm of q and k; rotary positions; attention; projection; norm; SwiGLU). `tests/model/verify` counts the bytes
+of a running model with saved-tensor hooks, and the formula is exact:
 
   float32, layer trains        two norms x (input, normalised, scaled) x 4 D; q (projected, normalised,
                                rotated) and attention's output x 4 Q; k (these three) and v x 4 K;
                                gate, silu(gate), up, product x 4 I
   float32, frozen layer        without the inputs of weight gradients: 8 D + 12 Q + 12 K + 12 I
+  float32, adapters            the frozen layer, and the inputs of the seven adapters and of their second
+                               halves: 16 D + 12 Q + 12 K + 16 I + 28 R
   bfloat16 autocast            the residual stream and norms stay float32, each linear layer keeps its own
                                2-byte copy of its input: 26 D + 10 Q + 10 K + 8 I
   autocast, frozen layer       8 D + 8 Q + 8 K + 6 I
+  autocast, adapters           peft makes float32 of their inputs first: 18 D + 10 Q + 8 K + 8 I + 14 R
   always                       4 bytes for each norm, and for each head's norm and softmax: 4 (2 + 2 Hq + Hkv)
 
-Qwen3-0.6B under autocast: 82 KB a token a layer. Measured elsewhere in pure bfloat16: 76 KB.
+Models without norms of q and k (Qwen2.5) keep less of them; see `layer_bytes`. Qwen3-0.6B under autocast: 82
+KB a token a layer. Measured elsewhere in pure bfloat16: 76 KB.
 """
 
 from __future__ import annotations
@@ -31,15 +35,13 @@ GIB = 2**30
 GPU_CONTEXT_BYTES = GIB
 """CUDA context, kernels and cuBLAS workspace: 0.5 to 1 GiB on Ampere and later."""
 WASTE = 0.05
-"""Share of activation memory that the allocator cannot reuse.
-
-Qwen3-0.6B on the CPU, float32, 1,414 tokens: at most 15.1 GiB resident, and 15.6 GiB by this file
-(2026-11-23). On an H100 the totals are 2 to 8 % off, see docs/BENCHMARKS.md (2026-11-26).
-"""
+"""Share of activation memory that the allocator cannot reuse."""
 CPU_PROCESS_BYTES = 750 * 2**20
 """A Python process with torch and transformers imported (measured: 0.73 GiB)."""
 USABLE = 0.97
 """Share of a GPU's nominal GiB that a process can use."""
+FOUR_BIT_BYTES = 0.516
+"""Bytes of a weight of 4 bits with its share of the scales, which have 8 bits for 64 weights, and theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,28 @@ class Sizes:
     """Parameters of the connector."""
     tied: bool
     """Whether the head is the embedding."""
+    head_norms: bool = True
+    """Whether queries and keys have norms (Qwen3)."""
+
+    @property
+    def matrix(self) -> int:
+        """Parameters of the embedding, and of the head."""
+        return self.rows * self.width
 
     @property
     def embeddings(self) -> int:
         """Parameters of embedding and head."""
-        return self.rows * self.width * (1 if self.tied else 2)
+        return self.matrix * (1 if self.tied else 2)
+
+    @property
+    def body(self) -> int:
+        """Parameters of the decoder layers (and of the final norm)."""
+        return self.language - self.embeddings
+
+    def adapters(self, rank: int) -> int:
+        """Return the parameters of adapters of a rank on the seven linear layers of every decoder layer."""
+        q, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.layers * rank * (7 * self.width + 2 * q + 2 * k + 3 * self.inner)
 
 
 def sizes_of(config: Any, language: int, connector: int) -> Sizes:
@@ -87,6 +106,7 @@ def sizes_of(config: Any, language: int, connector: int) -> Sizes:
         language=language,
         connector=connector,
         tied=bool(config.tie_word_embeddings),
+        head_norms=getattr(config, "model_type", "qwen3") == "qwen3",
     )
 
 
@@ -103,60 +123,160 @@ class Step:
     train_connector: bool = True
     """Whether the connector trains."""
     train_llm: bool = True
-    """Whether the language model trains."""
+    """Whether the language model trains, or its adapters."""
+    lora: int = 0
+    """Rank of the adapters, R; 0: the language model has none."""
+    load_in_4bit: bool = False
+    """Whether the frozen layers under the adapters have 4 bits a weight."""
+    processes: int = 1
+    """Processes that train together; more than one use FSDP2."""
+    parts: int = 1
+    """Parts into which weights, gradients and moments are divided (`--shard full`: one a process)."""
+    offload: bool = False
+    """Whether weights, gradients and moments are in the CPU's memory."""
+    accumulates: bool = True
+    """Whether a step has several micro-batches, so that the last one adds to gradients that exist."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the language model's own weights train."""
+        return self.train_llm and not self.lora
+
+    @property
+    def gathers(self) -> bool:
+        """Whether FSDP2 gathers the weights of a layer before it is used, and frees them afterwards."""
+        return self.processes > 1 or self.offload
 
 
-def layer_bytes(sizes: Sizes, autocast: bool, trains: bool) -> int:
-    """Return the bytes that autograd keeps of one decoder layer for one token, by this module's table."""
+def layer_bytes(sizes: Sizes, autocast: bool, trains: bool, lora: int = 0) -> int:
+    """Return the bytes that autograd keeps of one decoder layer for one token, by this module's table.
+
+    Args:
+        sizes: of the model.
+        autocast: whether products are computed in bfloat16.
+        trains: whether the layer trains, or its adapters.
+        lora: rank of the adapters; 0: it has none.
+    """
     d, i = sizes.width, sizes.inner
     q, k = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     small = 4 * (2 + 2 * sizes.heads + sizes.kv_heads)
-    if autocast:
-        if trains:
-            return 26 * d + 10 * q + 10 * k + 8 * i + small
-        return 8 * d + 8 * q + 8 * k + 6 * i + small
-    if trains:
-        return 24 * d + 16 * q + 16 * k + 16 * i + small
-    return 8 * d + 12 * q + 12 * k + 12 * i + small
+    if not sizes.head_norms:
+        # Nothing keeps what is projected: rotary positions have no weights, and attention keeps what is
+        # rotated. Of a norm, its input, normalised and 4 bytes a head.
+        small = 4 * (2 + sizes.heads)
+    if lora and trains:
+        kept = (18, 10, 8, 8, 14) if autocast else (16, 12, 12, 16, 28)
+    elif trains:
+        kept = (26, 10, 10, 8, 0) if autocast else (24, 16, 16, 16, 0)
+    else:
+        kept = (8, 8, 8, 6, 0) if autocast else (8, 12, 12, 12, 0)
+    of_d, of_q, of_k, of_i, of_r = kept
+    if not sizes.head_norms:
+        of_norm = NORMED[autocast, trains and not lora]
+        of_q, of_k = of_q - of_norm, of_k - of_norm
+    return of_d * d + of_q * q + of_k * k + of_i * i + of_r * lora + small
+
+
+NORMED = {(False, True): 8, (False, False): 4, (True, True): 6, (True, False): 4}
+"""(autocast, whole layer trains) -> bytes that the norm of a query or key value keeps."""
 
 
 def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
-    """Return the bytes of each part at the peak of a step: after the loss, before the backward pass.
+    """Return the bytes of each part at the peak of a step, on the device that computes.
 
-    Weights, gradients and both moments of AdamW are float32: 16 bytes for each parameter that trains.
+    Weights, gradients and both moments of AdamW are float32: 16 bytes for each parameter that trains. The
+    peak is at the loss, at the last layer's backward pass, or at its end, where the gradients of the tied
+    embedding and head are added: whatever is largest.
 
     Returns:
-        `weights`, `gradients`, `AdamW`, `bf16 copies`, `activations`, `loss`, `process`, and their `total`.
+        `weights`, `gradients`, `AdamW`, `bf16 copies`, `gathered`, `activations`, `loss`, `process`, and
+        their `total`.
     """
-    trainable = sizes.language * step.train_llm + sizes.connector * step.train_connector
-    value = 2 if step.gpu else 4
-    one_layer = layer_bytes(sizes, step.gpu, step.train_llm)
-    # The backward pass of one layer: gradients of three MLP activations and of the residual stream.
-    working = 3 * sizes.inner * value + 3 * sizes.width * 4
-    kept = sizes.layers * one_layer
-    if step.checkpointing:
-        kept = sizes.layers * 4 * sizes.width + one_layer
-    ends = 5 * 4 * sizes.width  # embeddings, embeddings with features, final norm (3)
-    activations = int(step.tokens * (kept + working + ends) * (1 + WASTE))
-    matrix = sizes.rows * sizes.width
-    # A chunk has its logits and their exponentials in float32, and under autocast the bfloat16 logits. The
-    # gradient of the head is float32; under autocast each chunk adds a bfloat16 matrix to it.
-    chunk = min(CHUNK_ELEMENTS, step.tokens * sizes.rows) * (8 + (2 if step.gpu else 0))
-    loss = chunk + ((6 if step.gpu else 4) * matrix if step.train_llm else 0)
-    if step.train_llm and sizes.tied:
-        # When the backward pass reaches the embedding, activations are freed, but the gradients of head and
-        # embedding and their sum exist together.
-        loss = max(loss, 12 * matrix - activations)
+    state = state_bytes(sizes, step)
+    divided = 0 if step.offload and step.gpu else 1 / step.parts
+    kept = {name: int(state[name] * divided) for name in ("weights", "AdamW")}
+    moments = _moments(sizes, step, state["gradients"], int(state["gradients"] * divided))
     parts = {
-        "weights": 4 * (sizes.language + sizes.connector),
-        "gradients": 4 * trainable,
-        "AdamW": 8 * trainable,
-        "bf16 copies": 2 * (sizes.language - (not sizes.tied) * matrix) if step.gpu else 0,
-        "activations": activations,
-        "loss": loss,
+        **kept,
+        **max(moments, key=lambda parts: sum(parts.values())),
+        "gathered": _gathered(sizes, step),
         "process": GPU_CONTEXT_BYTES if step.gpu else CPU_PROCESS_BYTES,
     }
+    order = ("weights", "gradients", "AdamW", "bf16 copies", "gathered")
+    parts = {name: parts[name] for name in (*order, "activations", "loss", "process")}
     return parts | {"total": sum(parts.values())}
+
+
+def state_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
+    """Return the bytes of `weights`, `gradients` and `AdamW` of a whole model, wherever they are."""
+    adapters = sizes.adapters(step.lora)
+    trainable = sizes.language * step.whole + adapters * step.train_llm
+    trainable += sizes.connector * step.train_connector
+    language = 4 * sizes.language
+    if step.load_in_4bit:
+        language -= int((4 - FOUR_BIT_BYTES) * sizes.body)
+    return {
+        "weights": language + 4 * (adapters + sizes.connector),
+        "gradients": 4 * trainable,
+        "AdamW": 8 * trainable,
+    }
+
+
+def _moments(sizes: Sizes, step: Step, added: int, reduced: int) -> list[dict[str, int]]:
+    """Return `gradients`, `bf16 copies`, `activations` and `loss` at each moment that may be the peak.
+
+    Args:
+        sizes: of the model.
+        step: the settings.
+        added: bytes of gradients that a process adds up, before the last micro-batch: FSDP2 has them whole,
+            on the device.
+        reduced: bytes of the gradients that it keeps of the sum.
+    """
+    tokens, matrix, layer = step.tokens, sizes.matrix, sizes.body // sizes.layers
+    value = 2 if step.gpu else 4
+    one_layer = layer_bytes(sizes, step.gpu, step.train_llm, step.lora)
+    ends = 5 * 4 * sizes.width  # embeddings, embeddings with features, final norm (3)
+    kept = sizes.layers * (4 * sizes.width if step.checkpointing else one_layer) + ends
+    again = one_layer if step.checkpointing else 0
+    # The backward pass of one layer: gradients of three MLP activations and of the residual stream.
+    working = 3 * sizes.inner * value + 3 * sizes.width * 4
+    # Autocast caches the copies of a step's weights if they train. The copies of frozen ones, and all of
+    # FSDP2, are made when a layer is used, and are kept for its backward pass.
+    caches = step.whole and not step.gathers
+    layers = sizes.layers if caches or not step.checkpointing else 1
+    copies = 2 * layers * layer * step.gpu
+    if step.load_in_4bit:
+        copies = 2 * max(sizes.width, sizes.heads * sizes.head_dim) * sizes.inner * step.gpu
+    # A chunk has its logits and their exponentials in float32, and under autocast the bfloat16 logits. The
+    # gradient of the head is float32; under autocast each chunk adds a bfloat16 matrix to it.
+    chunk = min(CHUNK_ELEMENTS, tokens * sizes.rows) * (8 + (2 if step.gpu else 0))
+    head = 2 * matrix * step.gpu
+    d_head = 4 * matrix * step.whole
+
+    # A single micro-batch has no gradients before its backward pass.
+    before = added if step.accumulates else 0
+
+    def moment(activations: float, loss: int, copied: int, gradients: int) -> dict[str, int]:
+        used = int(tokens * activations * (1 + WASTE))
+        parts = {"gradients": gradients, "bf16 copies": copied}
+        return parts | {"activations": used, "loss": loss}
+
+    more = 2 * matrix * step.gpu if step.whole else 0
+    at_loss = moment(kept, chunk + d_head + more, copies + head, before)
+    last_layer = moment(kept + again + working, d_head, copies, before)
+    found = [at_loss, last_layer]
+    if step.whole:
+        # The embedding's gradient, and that of a tied head, to which it is added, when activations are free.
+        found.append(moment(ends, (8 if sizes.tied else 4) * matrix, 0, max(before, reduced)))
+    return found
+
+
+def _gathered(sizes: Sizes, step: Step) -> int:
+    """Return the bytes that FSDP2 has gathered: embeddings and connector, one layer and the next one."""
+    if not step.gathers:
+        return 0
+    layer = sizes.body // sizes.layers + sizes.adapters(step.lora) // sizes.layers
+    return 4 * (sizes.embeddings + sizes.connector + 2 * layer)
 
 
 def sample_flops(sizes: Sizes, tokens: int, supervised: int, train_llm: bool = True) -> float:
@@ -166,8 +286,7 @@ def sample_flops(sizes: Sizes, tokens: int, supervised: int, train_llm: bool = T
     that a query sees (half the tokens, because attention is causal). Backward: twice that, or once for frozen
     weights. Recomputation by checkpointing is not counted, as MFU is defined without it.
     """
-    body = sizes.language - sizes.embeddings
-    linear = tokens * 2.0 * (body + sizes.connector) + supervised * 2.0 * sizes.rows * sizes.width
+    linear = tokens * 2.0 * (sizes.body + sizes.connector) + supervised * 2.0 * sizes.matrix
     attention = tokens * sizes.layers * 4.0 * sizes.heads * sizes.head_dim * tokens / 2
     return linear * (3 if train_llm else 2) + attention * 3
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cache.store.paths import CacheRoot
+from configs.hardware import one_card
 from model.inference import answer_ids
-from model.io.device import hardware_preset
 from model.verify.__main__ import describe_device, memory_verdicts
 from model.verify.memory import sizes_of
 from model.vlm import build_vlm, parameter_counts
@@ -197,6 +197,6 @@ def check_verify(lines: Lines, scale: Scale) -> None:
     print(*verdicts, sep="\n")
     if scale.on_gpu:
         card = torch.cuda.get_device_properties(scale.device)
-        preset = hardware_preset(card.total_memory)
+        preset = one_card(card.total_memory)
         lines.equal("model.verify: verdicts on this card", len(verdicts), 1)
         lines.note("model.verify: hardware preset of this card", preset)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cache.format import codec
-from cache.format.frame_sampling import FULL, sample_times, time_view
+from cache.format.frame_sampling import FULL, MAX_FRAMES, sample_times, time_view
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
@@ -116,12 +116,18 @@ class World:
         return World(root=root, folder=folder, array=array)
 
     def trees(
-        self, tokenizer: Any, window: int, max_branches: int = 1
+        self, tokenizer: Any, window: int, max_branches: int = 1, max_frames: int = MAX_FRAMES
     ) -> tuple[MessageTrees, FeatureReader]:
         """Return the samples in trees of at most `max_branches`, and the space's reader."""
         reader = FeatureReader(find_space(self.root, None))
         samples = join(
-            self.root, reader, {"d": None}, split="train", held_out=0.0, min_coverage=1.0
+            self.root,
+            reader,
+            {"d": None},
+            split="train",
+            held_out=0.0,
+            min_coverage=1.0,
+            max_frames=max_frames,
         )
         trees = build_message_trees(
             samples,
