@@ -209,10 +209,10 @@ def settings_table(sizes: Sizes, hardware: str) -> str:
 def memory_verdicts(device: torch.device, sizes: Sizes) -> list[str]:
     """Return one verdict for the GPU `device`, or one for each kind of machine if it is not a CUDA GPU."""
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        gib = card.total_memory / GIB
-        name = f"this GPU ({card.name}, {gib:.1f} GiB)"
-        return [memory_verdict(name, gib, one_card(card.total_memory), sizes)]
+        found_card = torch.cuda.get_device_properties(device)
+        gib = found_card.total_memory / GIB
+        text = f"this GPU ({found_card.name}, {gib:.1f} GiB)"
+        return [memory_verdict(text, gib, one_card(found_card.total_memory), sizes)]
     found = []
     for name in configs.load("train")["hardware"]:
         if (card := card_of(name)) is not None:
