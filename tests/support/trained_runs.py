@@ -111,6 +111,7 @@ def make(
     dataset: str = "colors",
     answered: int = 0,
     broken: int = -1,
+    tail_file: bytes | None = None,
     **changes: object,
 ) -> CacheRoot:
     """Make a cache below `folder`, or extend it, and encode images [first, images).
@@ -122,12 +123,14 @@ def make(
         dataset: name of the data set.
         answered: number of images that have samples, if more than `images`.
         broken: the image whose features are NaN.
+        tail_file: bytes of the tail that `changes` give the spec.
         changes: fields of the space's spec.
     """
     root = CacheRoot(folder / "cache")
     files = folder / "images"
     files.mkdir(parents=True, exist_ok=True)
-    space = Space.create(root, spec(**changes), {"library": "none"}, shard_bytes=1 << 16)
+    load = {"library": "none"}
+    space = Space.create(root, spec(**changes), load, shard_bytes=1 << 16, tail=tail_file)
     shard = ShardWriter(space, "image", space.next_shard("image"))
     records: list[MediaRecord] = []
     for number in range(first, images):

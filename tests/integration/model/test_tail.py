@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ from model.io.saved_model import META, load_final
 from model.tail import block_tensors
 from tests.support.faults import garble
 from tests.support.remote_servers import WebServer
-from tests.support.trained_runs import BASE, ENVIRONMENT, losses
+from tests.support.trained_runs import BASE, losses
 from train.data.features import read_features
 from train.data.join import join
 
@@ -172,26 +170,6 @@ def test_training_over_the_network_is_the_local_one(world: Path, tmp_path: Path)
     with WebServer(tmp_path / "cache") as server:
         remote = ("--features", server.url, "--mirror", str(tmp_path / "mirror"))
         assert losses(run_stage(tmp_path, "far", "--max-steps", "2", *TRAINED, *remote)) == local
-
-
-def test_two_processes_that_share_the_weights_learn_what_one_learns(
-    world: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "cache").symlink_to(world / "cache")
-    steps = ("--max-steps", "3", *TRAINED, "--max-tokens", "256", "--max-sequence-length", "256")
-    one = losses(run_stage(tmp_path, "one", *steps, "--batch-size", "8", "--processes", "1"))
-    words = [*BASE, "--features", str(tmp_path / "cache"), "--run", str(tmp_path / "two")]
-    words += ["--eval-every", "0", *steps, "--batch-size", "4", "--shard", "full"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "train.run", "--", *words]
-    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
-    two = losses(tmp_path / "two" / "stage1")
-    assert two == pytest.approx(one, rel=1e-5)
-    stored = load_file(find_space(CacheRoot(world / "cache"), None).tail)
-    theirs = final_tail(tmp_path / "two" / "stage1")
-    for name, value in final_tail(tmp_path / "runs" / "one" / "stage1").items():
-        # AdamW's step has the size of the rate also where a gradient is only rounding.
-        assert (theirs[name] - value).norm() < 0.02 * (value - stored[name]).norm(), name
 
 
 # ---- the trained model

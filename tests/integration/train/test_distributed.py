@@ -30,6 +30,7 @@ from cache.store.samples import Sample, write_samples
 from model.io.saved_model import META
 from tests.integration.train.distributed_child import EXCHANGES, Scene, outcomes, run_scenes
 from tests.support import trained_runs
+from tests.support.spaces import tail_arrays, tail_of
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train.run import main
 from train.stage import checkpoint, run_folder
@@ -112,18 +113,36 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("mixed")
     root = trained_runs.make(folder, 24)
     trained_runs.film(folder, 12)
+    write_texts(root)
+    return [*WORDS, *MIX, "--features", str(root.path)]
+
+
+def write_texts(root: CacheRoot) -> None:
+    """Add the data set `texts`, without media."""
     asked = [
         Sample(id=f"{i}", dataset="texts", messages=trained_runs.turns("Name a colour.", color))
         for i, color in enumerate([*trained_runs.COLORS] * 6)
     ]
     write_samples(root, "texts", asked)
-    return [*WORDS, *MIX, "--features", str(root.path)]
+
+
+@pytest.fixture(scope="module")
+def tailed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the command line of a training on images and texts, with two blocks behind what is stored."""
+    folder = tmp_path_factory.mktemp("tailed")
+    tail, data = tail_of(pool_image=2)
+    root = trained_runs.make(folder, 24, tail_file=data, pool_frame=1, tail=tail)
+    write_texts(root)
+    mix = ["--datasets", "colors=0.5,texts=0.5", "--max-steps", "6"]
+    blocks = ["--train-vision-blocks", "1", "--vision-learning-rate", "1e-3"]
+    return [*WORDS, *MIX, *mix, *blocks, "--features", str(root.path)]
 
 
 @pytest.fixture(scope="module")
 def place(
     cache: CacheRoot,
     mixed: list[str],
+    tailed: list[str],
     broken: CacheRoot,
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
@@ -136,6 +155,7 @@ def place(
         assert main([*words, *TWO, *WHOLE, "--run", "one-whole"]) == 0
         assert main([*mixed, "--run", "one-mixed"]) == 0
         assert main([*mixed, "--lora", "4", "--run", "one-lora"]) == 0
+        assert main([*tailed, "--run", "one-tail"]) == 0
         scenes = [
             *(
                 replace(scene, words=[*mixed, *scene.words, "--run", name])
@@ -143,6 +163,7 @@ def place(
             ),
             Scene(name="lora", words=[*mixed, "--lora", "4", "--shard", "full", "--run", "lora"]),
             *(Scene(name=n, words=[n], processes=3) for n in EXCHANGES),
+            Scene(name="tail", words=[*tailed, "--shard", "full", "--run", "two-tail"]),
             Scene(
                 name="whole",
                 words=[*words, *TWO, *WHOLE, "--shard", "full", "--run", "four-whole"],
@@ -222,6 +243,20 @@ def test_adapters_are_trained_in_parts_and_saved_whole(place: Path) -> None:
     assert [o.code for o in outcomes(place, "lora")] == [0, 0]
     assert (one / "final/adapter_model.safetensors").exists()
     assert_equal_trainings(one, several)
+
+
+def test_the_encoders_last_blocks_are_shared_as_the_rest(place: Path) -> None:
+    """With steps in which a process has no image, and so nothing for these blocks."""
+    one, two = run_of(place, "one-tail"), run_of(place, "two-tail")
+    found = outcomes(place, "tail")
+    assert [o.code for o in found] == [0, 0], found
+    assert any(tokens == 0 for o in found for step in o.parts for _, tokens in step)
+    assert_equal_trainings(one, two)
+    ours, theirs = (load_file(stage / "final" / "tail.safetensors") for stage in (one, two))
+    stored = tail_arrays()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(value, torch.from_numpy(stored[name])) == name.startswith("blocks.1.")
 
 
 def assert_equal_trainings(one: Path, several: Path) -> None:
