@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if table.rows:
             cells = [(name, *row) for name, row in table.rows]
             print(f"{visible(table.title)}\n{table_text(('', *labels), cells)}\n")
-    say(*notes)
+    if notes:
+        say(*notes)
     # Text from JSON may hold half a surrogate pair.
     data = page.render(runs, tables, notes).encode(errors="replace")
     write_atomic(options.out, data)
@@ -301,7 +302,8 @@ def _scores(result: Evaluation) -> list[tuple[str, str]]:
     found, of = [], ""
     for name, _, score in result.rows:
         of = name or of
-        found.append((f"{of}: {score.name}", figure(score.value, score.interval)))
+        label = score.name if score is result.mean else f"{of}: {score.name}"
+        found.append((label, figure(score.value, score.interval)))
     return found
 
 
@@ -311,7 +313,7 @@ def _differences(paired: Paired) -> list[tuple[str, str]]:
         for task in paired.tasks
         for score in task.scores
     ]
-    return found + ([(f"mean: {paired.mean.name}", verdict(paired.mean))] if paired.mean else [])
+    return found + ([(paired.mean.name, verdict(paired.mean))] if paired.mean else [])
 
 
 if __name__ == "__main__":
