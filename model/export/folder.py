@@ -190,6 +190,8 @@ def llava_config(
         kind, pooling = pooled_llava.PooledLlavaConfig, {"pool_size": spec.pool_image}
         if tower.registers:
             pooling["register_tokens"] = tower.registers
+        if vlm.tail is not None:  # which pools behind its blocks, where nothing is stored
+            pooling["pool_rounded"] = False
     config = kind(
         **pooling,
         vision_config=tower.config,

@@ -24,6 +24,8 @@ class PooledLlavaConfig(LlavaConfig):
     """Patches along one side of a window, which becomes one token."""
     register_tokens: int = 0
     """Tokens between CLS and the patches, which are dropped."""
+    pool_rounded: bool = True
+    """Whether values are rounded to float16 before they are averaged, as where features were stored pooled."""
 
 
 class PooledProjector(LlavaMultiModalProjector):
@@ -33,6 +35,7 @@ class PooledProjector(LlavaMultiModalProjector):
         super().__init__(config)
         self.pool_size = config.pool_size
         self.register_tokens = config.register_tokens
+        self.pool_rounded = config.pool_rounded
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """Average and project features: (B, registers + N, V) -> (B, N / pool_size^2, D)."""
@@ -43,9 +46,11 @@ class PooledProjector(LlavaMultiModalProjector):
             return alone
         batch, patches, width = image_features.shape
         side = round(patches**0.5) // size
-        # As in training: values are rounded to float16 first, and summed in one order.
-        rounded = image_features.float().clamp(-FP16_MAX, FP16_MAX).half().float()
-        blocks = rounded.view(batch, side, size, side, size, width)
+        # As in training: values of stored features are rounded to float16 first, and summed in one order.
+        values = image_features.float()
+        if self.pool_rounded:
+            values = values.clamp(-FP16_MAX, FP16_MAX).half().float()
+        blocks = values.view(batch, side, size, side, size, width)
         total = torch.zeros(batch, side, side, width, device=image_features.device)
         for row in range(size):
             for column in range(size):

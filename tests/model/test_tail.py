@@ -184,11 +184,11 @@ def test_trained_blocks_learn_what_pooled_features_have_lost(tmp_path: Path) -> 
     entry = encoder_config("demo-clip", compute_dtype="float32", pool_image=6)
     eyes, spec, _ = with_tail(tmp_path, entry, None, 2)
     random = np.random.default_rng(0)
-    pixels = np.full((64, 96, 96, 3), 255, np.uint8)
+    pixels = np.full((24, 96, 96, 3), 255, np.uint8)
     for number, image in enumerate(pixels):
         y, x = random.integers(0, 72), random.integers(0, 24) + 48 * (number % 2)
         image[y : y + 24, x : x + 24] = random.integers(0, 80, 3)
-    stored, sides = eyes.encode(pixels), torch.arange(64) % 2
+    stored, sides = eyes.encode(pixels), torch.arange(24) % 2
     losses = {}
     for trained in (0, 3):
         assert spec.tail is not None
