@@ -25,7 +25,7 @@ class PooledLlavaConfig(LlavaConfig):
     register_tokens: int = 0
     """Tokens between CLS and the patches, which are dropped."""
     pool_rounded: bool = True
-    """Whether values are rounded to float16 before they are averaged, as where features were stored pooled."""
+    """Whether values are rounded to float16 before they are averaged, as where features are stored pooled."""
 
 
 class PooledProjector(LlavaMultiModalProjector):
