@@ -1,6 +1,6 @@
 """The row codecs on features of real pretrained transformers, and other quantisers at the same bits.
 
-python -m tests.benchmarks.codecs        # a minute; see tests/benchmarks/activations.py for what it needs
+python -m tests.benchmarks.codecs        # a minute; activations.py says what it needs
 
 The error of a row (an image, a passage) is |unpacked - features| / |features|; tables have its mean and its
 largest value over rows. The variants are one quantiser with every choice open; the first entry of FOUR_BITS
@@ -25,9 +25,10 @@ from cache.format import codec
 from cache.format.codec import INT4_DIVISORS, INT4_LEVELS, rotation_signs
 from model import quantize
 from nanomolmo2.unpack import unpack
-from tests.benchmarks import activations, bench
-from tests.benchmarks.activations import Features
+from tests.benchmarks import bench
 from tests.benchmarks.bench import Options, Requirements
+from tests.benchmarks.codecs import activations
+from tests.benchmarks.codecs.activations import Features
 
 TOKENS, WIDTH = 576, 1024
 """Size of the row that is timed: ViT-L/14@336."""

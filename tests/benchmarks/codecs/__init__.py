@@ -1,0 +1,7 @@
+"""What codecs cost and lose, on features of real pretrained transformers.
+
+    __main__.py       sizes, speeds and errors of the codecs
+    activations.py    the features that they are measured on
+
+In: weights from Python packages. Out: one line for each figure. Read __main__.py first.
+"""
