@@ -7,8 +7,8 @@
     saver.close()                                     # at the end, also after an error
 
 One checkpoint is written at a time, by one thread. On a CPU `background` is off, and `save` returns once the
-checkpoint is written: the thread would take cores from training and copy all tensors, to hide a write that
-takes as long as the copy (docs/BENCHMARKS.md).
+checkpoint is written: a copy of all tensors would take as much memory again, to save less than a second of
+each checkpoint (docs/BENCHMARKS.md).
 """
 
 from __future__ import annotations
