@@ -46,7 +46,6 @@ from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log
 from encode.worker.messages import Registrar, Timings
 from encode.worker.worker import Worker
-from model.vision.tail_blocks import make_tail
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +89,9 @@ class Job:
         self.spec = replace(self._encoder.spec(codec), container=container)
         self._tail: bytes | None = None
         if config.encoder.tail:
+            # transformers, which it imports, is slow to import and only this needs it.
+            from model.vision.tail_blocks import make_tail
+
             tail, self._tail = make_tail(
                 config.encoder,
                 self.spec,
