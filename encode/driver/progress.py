@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from configs.command_line import command_text
@@ -35,6 +36,18 @@ LOG_EVERY_S = 10.0
 """Seconds between two progress lines elsewhere."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeProgress:
+    """What the workers of one node of a cluster have done."""
+
+    address: str
+    """Address of the node, or its name."""
+    workers: int
+    """Workers that run on it."""
+    done: int
+    """Media items that its workers have encoded, dead workers included."""
+
+
 class Progress:
     """Prints the progress of a job: one line that is overwritten on a terminal, else a line every 10 s."""
 
@@ -44,6 +57,11 @@ class Progress:
         self._terminal = self._out.isatty()
         self._printed = time.monotonic()
         self._marks: list[tuple[float, int]] = [(0.0, 0)]  # seconds of work, media items encoded
+        self._nodes: tuple[NodeProgress, ...] = ()
+
+    def update_nodes(self, rows: Sequence[NodeProgress]) -> None:
+        """Set what each node of the cluster has done. Nodes that have left are not among the rows."""
+        self._nodes = tuple(rows)
 
     def update(self, timings: Timings) -> None:
         """Print a line if it is time for one; `timings` are those of all workers together."""
