@@ -31,7 +31,7 @@ from cache.store.samples import (
 from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, table_text
-from encode.plan import MediaCounter
+from encode.plan.plan import MediaCounter
 from encode.records.account import Account
 from encode.sources.catalogue import (
     FROM_SOURCE,

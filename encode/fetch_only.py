@@ -20,8 +20,8 @@ from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
 from encode.driver.progress import LOG_EVERY_S
 from encode.driver.tracker import Ledger
-from encode.estimate import about
-from encode.plan import Mention, spread
+from encode.plan.estimate import about
+from encode.plan.plan import Mention, spread
 from encode.worker.config import WorkerConfig
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import MediaItem

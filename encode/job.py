@@ -40,8 +40,8 @@ from encode.driver.progress import (
 )
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
 from encode.driver.tracker import Ledger, Tracker
-from encode.estimate import check_fits, describe, table
-from encode.plan import MediaCounter, Plan, make_plan
+from encode.plan.estimate import check_fits, describe, table
+from encode.plan.plan import MediaCounter, Plan, make_plan
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log
 from encode.worker.messages import Registrar, Timings

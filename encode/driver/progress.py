@@ -20,7 +20,7 @@ from configs.command_line import command_text
 from configs.console import counts_text
 from configs.text import unguarded
 from encode.driver.tracker import Tracker
-from encode.estimate import about
+from encode.plan.estimate import about
 from encode.worker.messages import Timings
 
 WINDOW_S = 60.0

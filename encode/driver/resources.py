@@ -12,7 +12,7 @@ import torch
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from encode.estimate import DECODE_S, Speed
+from encode.plan.estimate import DECODE_S, Speed
 from model.vision.encoder import VisionEncoder
 
 INLINE_S = 120.0

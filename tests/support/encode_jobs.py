@@ -27,7 +27,7 @@ from cache.store.space import find_space
 from configs.signals import Interrupts
 from encode.driver.resources import WorkerLayout
 from encode.job import Job
-from encode.plan import MediaCounter, Plan
+from encode.plan.plan import MediaCounter, Plan
 from encode.sources.catalogue import open_datasets
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video

@@ -14,8 +14,8 @@ import pytest
 
 from configs import UserError
 from configs.console import SPARE_BYTES, free_bytes
-from encode.estimate import Speed, break_even, check_fits, describe, table
-from encode.plan import OVERHEAD_BYTES, Plan
+from encode.plan.estimate import Speed, break_even, check_fits, describe, table
+from encode.plan.plan import OVERHEAD_BYTES, Plan
 from encode.worker.messages import SourceTask
 from tests.support.spaces import SPEC
 

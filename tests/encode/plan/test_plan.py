@@ -20,7 +20,7 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
 from cache.store.space import Present, Space
 from cache.store.writer import ShardWriter
-from encode.plan import OWN_ATTEMPTS, MediaCounter, Mention, Plan, make_plan
+from encode.plan.plan import OWN_ATTEMPTS, MediaCounter, Mention, Plan, make_plan
 from encode.worker.local_files import identify
 from encode.worker.messages import SourceTask
 from tests.support.spaces import SPEC as TOY

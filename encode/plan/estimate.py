@@ -9,7 +9,7 @@ from cache.format.codec import CODECS
 from cache.format.spec import ARRAYS, FeatureSpec
 from configs import UserError
 from configs.console import SPARE_BYTES, SPARE_TEXT, bytes_text, duration_text, table_text
-from encode.plan import Plan
+from encode.plan.plan import Plan
 
 POOLS = (1, 2, 3, 4)
 """Pooling factors offered to a job that does not fit."""
