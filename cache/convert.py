@@ -42,7 +42,8 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info, tail_bytes
 from configs import UserError, command, load, parse
-from configs.console import Meter, bytes_text, check_room
+from configs.console import bytes_text, check_room
+from configs.progress import Meter
 from configs.text import say
 
 
@@ -215,12 +216,11 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
         tail = tail_bytes(source.paths, source.spec)
         space = Space.create(root, spec, target_load(source, spec), tail=tail)
         to_read = (len(found) * source.spec.row_bytes(a) for a, found in positions.items())
-        meter = Meter("convert", sum(to_read))
         damaged = []
-        for array, found in positions.items():
-            change = converter(source.spec, spec, array)
-            damaged += copy_rows(source, space, array, found, change=change, done=meter.add)
-        meter.close()
+        with Meter("convert", sum(to_read)) as meter:
+            for array, found in positions.items():
+                change = converter(source.spec, spec, array)
+                damaged += copy_rows(source, space, array, found, change=change, done=meter.add)
         save_index(space.paths, space.info)
     say(f"converted {source.paths.name}: {rows - len(damaged):,} rows")
     return damaged

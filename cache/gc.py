@@ -43,6 +43,7 @@ from cache.store.samples import dataset_names
 from cache.store.space import Space
 from configs import UserError, command, nearest, parse
 from configs.console import bytes_text
+from configs.progress import Meter
 from configs.text import say
 
 
@@ -118,17 +119,22 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
     if options.damaged and root.damaged_dir.is_dir():
         found.append(_damaged(root))
     freed = 0
-    for garbage in found:
-        say(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
-        if options.delete:
-            remove(garbage, root)
-        freed += garbage.nbytes
-    for rows in unreferenced:
-        say(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
-        if options.unreferenced:
+    going = sum(garbage.nbytes for garbage in found)
+    if options.unreferenced:
+        going += sum(rows.copied + rows.nbytes for rows in unreferenced)
+    with Meter("gc", going) as meter:
+        for garbage in found:
+            say(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
             if options.delete:
-                remove_unreferenced(rows)
-            freed += rows.nbytes
+                remove(garbage, root)
+                meter.add(garbage.nbytes)
+            freed += garbage.nbytes
+        for rows in unreferenced:
+            say(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
+            if options.unreferenced:
+                if options.delete:
+                    remove_unreferenced(rows, meter.add)
+                freed += rows.nbytes
     if options.delete:
         for paths in described:
             space = Space.open(paths)

@@ -48,7 +48,8 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info, tail_bytes, tail_difference, write_tail
 from configs import UserError, command, parse
-from configs.console import Meter, bytes_text, check_room
+from configs.console import bytes_text, check_room
+from configs.progress import Meter
 from configs.text import say
 
 
@@ -186,9 +187,8 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         needed = nbytes + ROW_OVERHEAD * sum(space.rows for space in spaces)
         check_room(root.path, needed + tables_bytes(samples, media, other), "the merge")
         # Rows first: what the ledger and the samples refer to exists when they are written.
-        meter = Meter("merge", nbytes)
-        damaged = [error for space in spaces for error in merge_space(space, meter)]
-        meter.close()
+        with Meter("merge", nbytes) as meter:
+            damaged = [error for space in spaces for error in merge_space(space, meter)]
         append_planned_media(root, media)
         copy_samples(root, other, samples)
     remember(root, remembered(other))  # of media that this machine encoded there

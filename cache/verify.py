@@ -29,7 +29,8 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names
 from cache.store.space import find_space, read_info
 from configs import command, load, parse
-from configs.console import Meter, bytes_text
+from configs.console import bytes_text
+from configs.progress import Meter
 from configs.text import json_text, say
 
 
@@ -55,22 +56,24 @@ def main() -> int:
     """Run the command; return 1 when something is broken, else 0."""
     options = parse(Options, prog="python -m cache.verify", description=__doc__)
     root = CacheRoot.existing(options.features)
-    meter = Meter("read", bytes_to_read(root, options.space, options.deep))
 
     def tell(line: str) -> None:
-        meter.close()
         say(f"REPAIR: {line}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
     done = None
-    if options.repair:
-        repair = Repair(root, deep=options.deep, tell=tell, progress=meter.add)
-        report = repair.run(None if options.space is None else find_space(root, options.space))
-        done = repair.done
-    else:
-        report = verify(
-            root, space=options.space, deep=options.deep, hashed=options.hash, progress=meter.add
-        )
-    meter.close()
+    with Meter("read", bytes_to_read(root, options.space, options.deep)) as meter:
+        if options.repair:
+            repair = Repair(root, deep=options.deep, tell=tell, progress=meter.add)
+            report = repair.run(None if options.space is None else find_space(root, options.space))
+            done = repair.done
+        else:
+            report = verify(
+                root,
+                space=options.space,
+                deep=options.deep,
+                hashed=options.hash,
+                progress=meter.add,
+            )
     if options.json:
         values = {"broken": report.broken, **asdict(report)}
         if done is not None:

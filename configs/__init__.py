@@ -10,7 +10,8 @@ The default of an option comes from the dataclass, or from a preset in `configs/
 `--config FILE` or `./nanomolmo2.yaml`, adds entries to these and replaces theirs. `parse` finds it.
 Each unknown key, unknown option or invalid value is reported in one line, with the nearest valid name.
 Importing this module imports neither torch nor tyro. `configs.console` has the text for people: sizes,
-durations, tables, progress; `configs.text` prints text from outside.
+durations, tables; `configs.progress` shows the progress of a command; `configs.text` prints text from
+outside.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
-"""Text for people: sizes, durations, tables, and the progress of a command."""
+"""Text for people: sizes, durations and tables."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-import threading
-import time
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs import UserError
-from configs.text import unguarded, visible
+from configs.text import visible
 
 SPARE_BYTES = 64 << 20
 """Bytes that a job leaves free on a disk."""
@@ -86,54 +83,23 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str 
 
     A cell may hold text from outside: see `configs.text.visible`.
     """
-    rows = [[visible(cell) for cell in row] for row in rows]
-    widths = [max(map(columns_of, column)) for column in zip(header, *rows, strict=True)]
     flush_right = [title in right.split() for title in header]
-    lines = [
+    return "\n".join(
+        aligned([header, *([visible(cell) for cell in row] for row in rows)], flush_right)
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]], flush_right: Sequence[bool] = ()) -> list[str]:
+    """Return rows as lines with aligned columns; `flush_right` says which columns are."""
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
+    flush_right = flush_right or [False] * len(widths)
+    return [
         "  ".join(
             _padded(cell, width, is_right)
             for cell, width, is_right in zip(row, widths, flush_right, strict=True)
         ).rstrip()
-        for row in (header, *rows)
+        for row in rows
     ]
-    return "\n".join(lines)
-
-
-class Meter:
-    """A progress line on stderr, written every second on a terminal and every minute elsewhere."""
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total, self._done = what, total, 0
-        self._lock = threading.Lock()
-        self._out = unguarded(sys.stderr)
-        self._terminal = self._out.isatty()
-        self._start = self._last = time.monotonic()
-
-    def add(self, nbytes: int) -> None:
-        """Count `nbytes` more as done. Threads may call it."""
-        with self._lock:
-            self._done += nbytes
-            now = time.monotonic()
-            if now - self._last > (1 if self._terminal else 60):
-                self._last = now
-                passed_s = now - self._start
-                left_s = passed_s * (self._total / max(1, self._done) - 1)
-                text = (
-                    f"{self._what}: {bytes_text(self._done)} of {bytes_text(self._total)}, "
-                    f"{bytes_text(self._done / passed_s)}/s, {max(0.0, left_s):.0f} s left"
-                )
-                print(text.ljust(78), end="\r" if self._terminal else "\n", file=self._out)
-
-    def total_text(self) -> str:
-        """Return what is done so far, as `read 12.3 GB in 4.1 s: 3 GB/s`."""
-        seconds = time.monotonic() - self._start
-        rate = bytes_text(self._done / max(seconds, 1e-9))
-        return f"{self._what} {bytes_text(self._done)} in {seconds:.1f} s: {rate}/s"
-
-    def close(self) -> None:
-        """Clear the line."""
-        if self._terminal and self._last > self._start:
-            print(" " * 78, end="\r", file=self._out)
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

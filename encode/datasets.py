@@ -31,6 +31,7 @@ from cache.store.samples import (
 from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, table_text
+from configs.progress import Meter, counted, number_text
 from encode.plan.plan import MediaCounter
 from encode.records.account import Account
 from encode.sources.catalogue import (
@@ -112,15 +113,16 @@ def read_datasets(
             ignore_keys=reading.ignore_keys,
             command=reading.command,
         )
-        samples = counter.count(_chosen(dataset, sizes, account, reading))
-        if write:
-            _refuse_others(root, choice)
-            write_samples(
-                root, dataset.name, samples, partial(_origin, reading.words(choice), account)
-            )
-        else:
-            for _ in samples:
-                pass
+        with Meter(f"read {dataset.name}", None, text=number_text) as meter:
+            samples = counter.count(counted(_chosen(dataset, sizes, account, reading), meter))
+            if write:
+                _refuse_others(root, choice)
+                write_samples(
+                    root, dataset.name, samples, partial(_origin, reading.words(choice), account)
+                )
+            else:
+                for _ in samples:
+                    pass
         if not quiet:
             print(account.text(), flush=True)
     return counter

@@ -2,13 +2,14 @@
 
 The ledger records the key of each downloaded file, so that a later encode job finds its bytes in that folder,
 and the reason of each failure. The command may be killed at any time; running it again continues.
+
+    fetch  24% [====>           ]  1,200/5,000  24.1/s  2 min 38 s left  bound by download  3 failed
 """
 
 from __future__ import annotations
 
 import queue
 import secrets
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,9 +19,8 @@ from cache.store.paths import CacheRoot
 from configs.signals import Interrupts
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
-from encode.driver.progress import LOG_EVERY_S
+from encode.driver.progress import Counts, JobProgress, OnProgress
 from encode.driver.tracker import Ledger
-from encode.plan.estimate import about
 from encode.plan.plan import Mention, spread
 from encode.worker.config import WorkerConfig
 from encode.worker.downloads import Downloads
@@ -38,6 +38,7 @@ def fetch_only(
     *,
     retry_failed: bool,
     again: str = "encode.run --fetch-only",
+    on_progress: OnProgress | None = None,
 ) -> int:
     """Download the media that are not kept yet.
 
@@ -47,6 +48,7 @@ def fetch_only(
         config: the limits of downloads, and the folder of kept media, which must be set.
         retry_failed: download again what failed before.
         again: the command line that goes on after an interruption.
+        on_progress: gets the progress, which is printed otherwise.
 
     Returns:
         the exit code.
@@ -61,29 +63,28 @@ def fetch_only(
     ledger = Ledger(root, secrets.token_hex(4))
     start = time.monotonic()
     done = failed = 0
-    with Interrupts() as interrupts:
+
+    def counts() -> Counts:
+        return Counts(done=done, worked=done, failed=failed, bound="download")
+
+    progress = JobProgress("fetch", len(tasks), counts, on_progress=on_progress)
+    with Interrupts() as interrupts, progress:
+        progress.show()
         downloads = Downloads(config.download, folder)
         try:
-            logged = start
             for item in _download(downloads, tasks, 2 * config.download.connections, interrupts):
                 ledger.add(_record(item, known.get(item.task.source)))
                 done += 1
                 failed += item.failure is not None
-                now = time.monotonic()
-                if now - logged > LOG_EVERY_S:
-                    logged = now
-                    rate = done / (now - start)
-                    left = about((len(tasks) - done) / rate)
-                    pace = f"{rate:.3g}/s  bound by read  {failed} failed  {left} left"
-                    print(f"fetch {done}/{len(tasks)}  {pace}", file=sys.stderr)
+                progress.show()
         finally:
             downloads.close()
             ledger.flush()
-        if interrupts.stopping():
-            print(
-                f"interrupted: {done} kept or in the ledger, {len(tasks) - done} left; go on: {again}"
-            )
-            return interrupts.exit_code
+    if interrupts.stopping():
+        print(
+            f"interrupted: {done} kept or in the ledger, {len(tasks) - done} left; go on: {again}"
+        )
+        return interrupts.exit_code
     seconds = time.monotonic() - start
     print(
         f"fetched={done - failed} reused={kept} failed={failed + known_failures} seconds={seconds:.1f}"

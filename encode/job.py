@@ -32,6 +32,7 @@ from configs.signals import Interrupts
 from encode.download.config import DownloadConfig
 from encode.driver.inline import run_inline
 from encode.driver.progress import (
+    OnProgress,
     Progress,
     closing_line,
     failure_line,
@@ -162,7 +163,13 @@ class Job:
         self._tracker = Tracker(plan.todo, present=self._present.images, on_record=self._ledger.add)
 
     def run(
-        self, layout: WorkerLayout, token: str, interrupts: Interrupts, *, timeout_s: float
+        self,
+        layout: WorkerLayout,
+        token: str,
+        interrupts: Interrupts,
+        *,
+        timeout_s: float,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Encode what is to do.
 
@@ -171,6 +178,7 @@ class Job:
             token: of the driver's lock.
             interrupts: says when to stop.
             timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
+            on_progress: gets the progress, which is printed otherwise.
 
         Raises:
             UserError, CacheError: the job cannot go on. All encoded rows are committed.
@@ -183,14 +191,13 @@ class Job:
             torch_threads=layout.torch_threads,
             download=share(self._config.download, max(1, layout.workers)),
         )
-        self._progress = Progress(self._tracker)
         try:
-            if layout.workers == 0:
-                self._run_inline(interrupts)
-            else:
-                self._run_ray(layout, interrupts, timeout_s)
+            with Progress(self._tracker, on_progress=on_progress) as self._progress:
+                if layout.workers == 0:
+                    self._run_inline(interrupts)
+                else:
+                    self._run_ray(layout, interrupts, timeout_s)
         finally:
-            self._progress.clear()
             self._ledger.flush()
             self._grow()
         if not interrupts.stopping():
@@ -220,7 +227,7 @@ class Job:
                 timeout_s=timeout_s,
                 worker_class=self._worker_class,
             )
-            workers.run(interrupts.stopping, self._update)
+            workers.run(interrupts.stopping, self._update, self._progress.update_nodes)
 
     def _update(self, timings: Timings) -> None:
         self._timings = timings

@@ -39,6 +39,7 @@ from cache.store.paths import CacheRoot
 from configs.command_line import CommandLine
 from encode.datasets import Reading, listing, read_datasets
 from encode.download.config import DownloadConfig
+from encode.driver.progress import OnProgress
 from encode.fetch_only import fetch_only
 from encode.sources.catalogue import Dataset, choose, open_datasets
 from encode.worker.config import WorkerConfig
@@ -165,8 +166,16 @@ class Options:
             raise ValueError("name at least one data set: --dataset NAME or --dataset folder:PATH")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def main(argv: list[str] | None = None, *, on_progress: OnProgress | None = None) -> int:
+    """Run the command; return its exit code.
+
+    Args:
+        argv: the words of the command line; None: those of this process.
+        on_progress: gets the progress, for a notebook; otherwise it is printed to standard error.
+
+    Raises:
+        UserError, CacheError: what the command prints in one line.
+    """
     start = time.monotonic()
     options = configs.parse(Options, argv, prog="python -m encode.run", description=__doc__)
     if options.list:
@@ -174,12 +183,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         root = CacheRoot(options.features.expanduser().absolute())
-        return encode(root, options, start, sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        return encode(root, options, start, words, on_progress=on_progress)
     except OSError as error:
         raise disk_full(error, options.features) or error from None
 
 
-def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]) -> int:
+def encode(
+    root: CacheRoot,
+    options: Options,
+    start: float,
+    words: Sequence[str],
+    *,
+    on_progress: OnProgress | None = None,
+) -> int:
     """Run the whole job, step by step; return the exit code.
 
     Args:
@@ -187,6 +204,7 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         options: of the command.
         start: time of the start, `time.monotonic()`.
         words: the command line, after the program's name.
+        on_progress: gets the progress, which is printed otherwise.
     """
     command = CommandLine("python -m encode.run", tuple(words))
     media = (
@@ -202,8 +220,14 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
     if not options.plan:
         remember(root, [folder for dataset in datasets for folder in dataset.folders])
     if options.fetch_only:
-        retry = options.retry_failed
-        return fetch_only(root, counter.media, config, retry_failed=retry, again=command.text())
+        return fetch_only(
+            root,
+            counter.media,
+            config,
+            retry_failed=options.retry_failed,
+            again=command.text(),
+            on_progress=on_progress,
+        )
 
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from configs.signals import Interrupts
@@ -229,7 +253,13 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
                 seconds=seconds,
             )
             with interrupts:
-                job.run(layout, lock.token, interrupts, timeout_s=options.timeout_s)
+                job.run(
+                    layout,
+                    lock.token,
+                    interrupts,
+                    timeout_s=options.timeout_s,
+                    on_progress=on_progress,
+                )
         # Points in pixels can be written as text only now that the sizes of the images are known.
         sized = [dataset for dataset in datasets if dataset.needs_sizes]
         read_datasets(root, sized, choices, reading, quiet=True)

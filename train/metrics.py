@@ -30,6 +30,7 @@ from cache.format.gate import fit, parse_json
 from cache.store.files import write_atomic
 from configs import UserError, one_line
 from configs.console import duration_text
+from configs.progress import Meter, number_text
 from model.io.run_files import MOST_METRICS, Count, read_bytes
 
 log = logging.getLogger(__name__)
@@ -169,18 +170,30 @@ class RunLog:
         *,
         every: int,
         last_step: int,
+        start: int = 0,
         trackers: Sequence[Tracker] = (),
     ) -> None:
+        """Open the file, and show a bar below the lines on a terminal.
+
+        Args:
+            folder: of the stage.
+            every: steps between two lines.
+            last_step: the step after which the stage ends.
+            start: steps done before.
+            trackers: they get the same points.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._every, self._last = every, last_step
         self._trackers = trackers
         self._window: list[StepRecord] = []
+        self._bar = Meter("train", last_step, text=number_text, start=start, lines=False)
 
     def step(self, record: StepRecord) -> None:
         """Record one step."""
         self._write({"step": record.step} | asdict(record))  # the step first, for people
         self._window.append(record)
+        self._bar.add(1)
         if record.step % self._every == 0 or record.step == self._last or record.step == 1:
             print(screen_line(self._window, self._last), flush=True)
             self._track(window_values(self._window), record.step)
@@ -197,6 +210,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close the file and the trackers."""
+        self._bar.close()
         self._file.close()
         for tracker in self._trackers:
             tracker.close()

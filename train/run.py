@@ -348,7 +348,11 @@ def open_log(
         config=vars(options),
     )
     return metrics.RunLog(
-        folder, every=options.log_every, last_step=options.max_steps, trackers=trackers
+        folder,
+        every=options.log_every,
+        last_step=options.max_steps,
+        start=done,
+        trackers=trackers,
     )
 
 

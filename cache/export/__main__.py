@@ -39,7 +39,8 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import samples_digest
 from cache.store.space import find_space
 from configs import UserError, command, parse
-from configs.console import Meter, bytes_text, check_room
+from configs.console import bytes_text, check_room
+from configs.progress import Meter
 
 ABOUT = "export.json"
 """The file of each export that describes it."""
@@ -126,12 +127,11 @@ def write(out: Path, about: Mapping[str, object], files: Sequence[OutputFile]) -
         check_room(out.parent, nbytes, "the export")
         # The next run removes the folder's contents only where it finds this file: so it is the first.
         write_atomic(folder / ABOUT, json.dumps(about, indent=2).encode() + b"\n")
-        meter = Meter("written", nbytes)
-        for output in files:
-            with new_file(folder / output.name) as file:
-                for block in output.blocks:
-                    meter.add(file.write(block))
-        meter.close()
+        with Meter("export", nbytes) as meter:
+            for output in files:
+                with new_file(folder / output.name) as file:
+                    for block in output.blocks:
+                        meter.add(file.write(block))
         folder.rename(out)
         fsync_folder(out.parent)
 

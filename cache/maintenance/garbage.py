@@ -257,8 +257,14 @@ def _groups(kept: Sequence[KeptRows], slots: int) -> list[list[KeptRows]]:
     return groups
 
 
-def remove_unreferenced(found: Unreferenced) -> None:
+def remove_unreferenced(
+    found: Unreferenced, done: Callable[[int], object] = lambda _: None
+) -> None:
     """Copy the other rows to new shards, and delete the old shards. An error loses none of the other rows.
+
+    Args:
+        found: the rows to remove.
+        done: called with the bytes of old shards, after each group of them.
 
     Raises:
         CorruptError: a row to keep is damaged.
@@ -266,3 +272,4 @@ def remove_unreferenced(found: Unreferenced) -> None:
     """
     for group in found.groups:
         rewrite_shards(found.space, found.array, group, deleter(found.space.paths.cache_root))
+        done(sum(commit.nbytes for commit, _ in group))

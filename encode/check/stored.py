@@ -29,6 +29,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.references import read_references
 from cache.store.space import read_info
 from configs import UserError
+from configs.progress import Meter, number_text
 from encode.check.media import NOT_ON_DISK, CheckConfig, LoadedMedia, MediaLoader
 from encode.check.report import CheckReport, CodecLoss
 from model.quantize import pack
@@ -119,21 +120,23 @@ def check_space(
         )
         waiting: dict[str, list[LoadedMedia]] = {array: [] for array in ARRAY_OF.values()}
         seen: set[str | None] = set()
-        for one in loader.load(_draw(root, loader, datasets)):
-            if one.record.key in seen:  # another source with the same bytes
-                continue
-            seen.add(one.record.key)
-            report.media[one.record.kind] += 1
-            batch = waiting[one.array]
-            batch.append(one)
-            # Several batches of the encoder, so that its last, partly filled one costs little.
-            if sum(len(other.pixels) for other in batch) >= 4 * spec.batch_size:
+        with Meter("check", media, text=number_text) as meter:
+            for one in loader.load(_draw(root, loader, datasets)):
+                if one.record.key in seen:  # another source with the same bytes
+                    continue
+                seen.add(one.record.key)
+                report.media[one.record.kind] += 1
+                batch = waiting[one.array]
+                batch.append(one)
+                # Several batches of the encoder, so that its last, partly filled one costs little.
+                if sum(len(other.pixels) for other in batch) >= 4 * spec.batch_size:
+                    _compare(encoder, batch, report)
+                    meter.add(len(batch))
+                    batch.clear()
+                if len(seen) == media:
+                    break
+            for batch in waiting.values():
                 _compare(encoder, batch, report)
-                batch.clear()
-            if len(seen) == media:
-                break
-        for batch in waiting.values():
-            _compare(encoder, batch, report)
         report.differing += [(float("inf"), text) for text in loader.undecodable]
     if not report.rows and not report.differing:
         why = "; ".join(f"{n:,} {text}" for text, n in report.skipped.items())

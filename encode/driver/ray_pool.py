@@ -28,6 +28,7 @@ from cache.store.paths import SpacePaths
 from cache.store.space import Present, Space
 from configs import UserError, one_line
 from encode.driver.culprits import Culprits, rejection
+from encode.driver.progress import NodeProgress
 from encode.driver.ray_session import LOOPBACK, private_folder, ray_environment
 from encode.driver.tracker import Tracker
 from encode.errors import TooManyFailuresError
@@ -247,8 +248,18 @@ class RayPool:
         self._registrar = ray.remote(SpaceRegistrar).options(num_cpus=0).remote(space.paths)
         self._slots = [self._new_slot() for _ in range(layout.workers)]
 
-    def run(self, stopping: Callable[[], bool], progress: Callable[[Timings], None]) -> None:
+    def run(
+        self,
+        stopping: Callable[[], bool],
+        progress: Callable[[Timings], None],
+        update_nodes: Callable[[Sequence[NodeProgress]], None] = lambda _: None,
+    ) -> None:
         """Encode until every source is settled or `stopping` returns True. Commit all encoded rows.
+
+        Args:
+            stopping: whether to end early.
+            progress: called with the timings of all workers, every `POLL_S` seconds and at the end.
+            update_nodes: called before `progress`, with what each node has done.
 
         Raises:
             UserError: the job cannot go on. All encoded rows are committed.
@@ -261,7 +272,9 @@ class RayPool:
                 if time.monotonic() - self._checked_s > POLL_S:
                     self._checked_s = time.monotonic()
                     self._replace_hung()
-                    progress(self.timings())
+                    timings = self.timings()
+                    update_nodes(self._nodes(timings))
+                    progress(timings)
         except (UserError, CacheError):
             with contextlib.suppress(UserError, CacheError):  # the first error is the cause
                 self._stop()
@@ -276,6 +289,10 @@ class RayPool:
     def timings(self) -> Timings:
         """Return the timings of all workers together."""
         return self._ask(self._registrar.timings.remote())
+
+    def _nodes(self, timings: Timings) -> list[NodeProgress]:
+        """Return what each node has done: this machine is the only one."""
+        return [NodeProgress(address=LOOPBACK, workers=len(self._slots), done=timings.media)]
 
     # ---- actors and their calls
 

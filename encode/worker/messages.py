@@ -81,8 +81,10 @@ class Timings:
     """Media items encoded, committed or not."""
     rows: int = 0
     """Rows encoded: one for an image, one for a frame."""
+    download_s: float = 0.0
+    """Seconds to download and hash, all connections added up and divided by their number."""
     read_s: float = 0.0
-    """Seconds to open, read and hash, all threads added up. A download counts divided by the connections."""
+    """Seconds to open, read and hash files, all threads added up."""
     decode_s: float = 0.0
     """Seconds from bytes to encoder inputs, all threads added up."""
     wait_s: float = 0.0
@@ -99,10 +101,15 @@ class Timings:
     def __add__(self, other: Timings) -> Timings:
         return Timings(**{name: value + vars(other)[name] for name, value in vars(self).items()})
 
+    def since(self, before: Timings) -> Timings:
+        """Return what was done after `before`."""
+        return Timings(**{name: value - vars(before)[name] for name, value in vars(self).items()})
+
     def bound(self) -> str:
-        """Return the stage that limits the speed: read, decode, encode or write."""
+        """Return the stage that limits the speed: download, read, decode, encode or write."""
         if self.wait_s > max(self.encode_s, self.write_s):
-            return "read" if self.read_s > self.decode_s else "decode"
+            fed = {"decode": self.decode_s, "read": self.read_s, "download": self.download_s}
+            return max(fed, key=lambda stage: fed[stage])
         return "write" if self.write_s > self.encode_s else "encode"
 
 

@@ -182,7 +182,10 @@ class Worker:
                 self._encode(array)
         elif got is not None:
             self._under_way -= 1
-            self._timings.read_s += got.read_s
+            if is_url(got.task.source):
+                self._timings.download_s += got.read_s
+            else:
+                self._timings.read_s += got.read_s
             self._timings.decode_s += got.decode_s
             got.decoded = True
             self._finish(got)

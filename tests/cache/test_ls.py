@@ -22,7 +22,7 @@ from cache.store.samples import MediaRef, Origin, Sample, read_samples, write_sa
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import UserError
-from configs.console import Meter, bytes_text, table_text
+from configs.console import bytes_text, table_text
 from tests.support.spaces import SPEC, fill, key, make_space, row
 
 Run = Callable[..., str]
@@ -305,16 +305,3 @@ def test_names_of_any_script_are_aligned() -> None:
         ("name", "n"), [("写真", "5"), ("e\u0301te\u0301", "7")], right="n"
     ).splitlines()
     assert lines == ["name  n", "写真  5", "e\u0301te\u0301   7"]
-
-
-def test_a_meter_reports_each_minute(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 100.0
-    monkeypatch.setattr("configs.console.time.monotonic", lambda: now)
-    meter = Meter("read", 4_000_000)
-    meter.add(500_000)
-    assert capsys.readouterr().err == ""
-    now += 61
-    meter.add(500_000)
-    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 16.4 kB/s, 183 s left"

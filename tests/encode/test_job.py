@@ -11,9 +11,11 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.media.images import DecodedImage, decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
+from tests.configs.screen import Terminal
 from tests.support.encode_jobs import CONFIG, TINY, Result, SlowWorker, draw, encode
 
 pytestmark = pytest.mark.slow
@@ -343,6 +346,26 @@ def test_an_interrupted_job_keeps_encoded_rows_and_can_be_continued(
     assert result.plan.reused == kept
     assert result.reader.rows("image") == 134
     assert result.reader.index["image"].duplicates() == []
+
+
+def test_a_job_on_a_terminal_shows_a_bar_and_leaves_its_lines(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, job: Encode
+) -> None:
+    (photos / "cut.png").write_bytes(b"no image")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "")
+    monkeypatch.setattr("configs.progress.FIRST_BAR_S", 0.0)
+    monkeypatch.setattr("configs.terminal.TICK_S", 0.02)
+    with Terminal(columns=100) as terminal:
+        standard = redirect_stdout(terminal.stream), redirect_stderr(terminal.stream)
+        with standard[0], standard[1]:
+            assert job(worker_class=SlowWorker).code == 0
+        shown = terminal.screen()
+    assert re.search(r"encode\W.*  0% .*\[>.*  0/15  starting", terminal.output)
+    lines = shown.text()
+    assert shown.fresh and lines[-1].startswith("encoded=14 reused=0 failed=1 ")
+    assert not [line for line in lines if line.startswith("encode ")]
+    assert {line.split()[0] for line in lines} >= {"space", "media", "disk", "stages", "failed"}
 
 
 def test_decoding_runs_in_threads_that_end_with_the_job(job: Encode) -> None:

@@ -40,7 +40,7 @@ from tests.support.encode_jobs import TINY, draw
 from tests.support.videos import ffmpeg, make_video
 
 CLOSING = re.compile(
-    r"encoded=(\d+) reused=(\d+) failed=(\d+) images/s=[\d.]+ bound=(read|decode|encode|write|none) "
+    r"encoded=(\d+) reused=(\d+) failed=(\d+) images/s=[\d.]+ bound=(download|read|decode|encode|write|none) "
     r"seconds=[\d.]+"
 )
 
@@ -88,6 +88,22 @@ def test_a_job_prints_its_plan_and_its_result(
     found = CLOSING.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert found is not None
     assert found.groups() == ("0", "6", "1", "none")
+
+
+def test_the_callback_of_the_guide_gets_the_progress(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    guide = (ROOT / "docs" / "FEATURE_CACHE.md").read_text().split("## Progress")[1]
+    found = re.search(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert found is not None
+    monkeypatch.chdir(photos.parent)
+    exec(found[1].replace('"demo"', '"tiny"'), {"__name__": "notebook"})
+    said = capsys.readouterr()
+    shown = [line for line in said.out.splitlines() if re.match(r"\d+ of 7, ", line)]
+    assert len(shown) >= 2 and shown[-1].startswith("7 of 7, ")
+    assert shown[-1].endswith("/s, 0 s left, 1 failed")
+    assert "encode" not in said.err
 
 
 def test_notes_of_media_that_are_used_are_counted_in_every_job(

@@ -24,7 +24,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ import numpy.typing as npt
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
 from configs import UserError
+from configs.progress import Meter, counted, number_text
 from model.io.run_files import Count, read_json, refuse_links
 from model.language.chat_template import (
     TokenizedSample,
@@ -68,8 +68,6 @@ SAMPLE = np.dtype(
 )
 FAULTS_KEPT = 1000
 """Samples of a data set of which the reason of their fault is kept; the others are only counted."""
-PROGRESS_S = 30.0
-"""Seconds between progress lines while tokenising."""
 FILES = ("ids.bin", "weights.bin", "samples.bin")
 
 
@@ -239,13 +237,13 @@ def _tokenize(
         because their messages and media do not fit.
     """
     image = image_id(tokenizer)
-    started = reported = time.monotonic()
     end = count = 0
     faults: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((folder / file).open("wb")) for file in FILES]
         ids, weights, records = files
-        for sample in samples:
+        meter = stack.enter_context(Meter(f"tokenise {name}", None, text=number_text))
+        for sample in counted(samples, meter):
             text, fault = tokenize_sample(sample, tokenizer)
             if fault and len(faults) < FAULTS_KEPT:
                 faults[str(count)] = fault
@@ -256,10 +254,6 @@ def _tokenize(
             record = _record(text, end, image)
             record["fault"] = bool(fault)
             records.write(record.data)
-            if time.monotonic() - reported > PROGRESS_S:
-                reported = time.monotonic()
-                rate = f"{count / (reported - started):,.0f}"
-                log.info("%s: %s samples tokenised (%s a second)", name, f"{count:,}", rate)
         for file in files:
             file.flush()
             os.fsync(file.fileno())

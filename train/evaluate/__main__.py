@@ -27,6 +27,7 @@ from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import Split
+from configs.progress import Meter, number_text
 from configs.text import json_text
 from model.inference import answer
 from model.io.device import pick_device
@@ -151,7 +152,8 @@ def evaluate(options: Options) -> Evaluation:
     losses = [mean_loss(s, tokens, reader, forward, trained, placeholders) for s in lists]
     asked = list(questions(root, samples))
     metrics = choose_metrics(asked, parse_metrics(options.metric))
-    given = [answers_of(s, root, reader, forward, tokenizer, options) for s in lists]
+    with Meter("answer", len(asked) * len(lists), text=number_text) as meter:
+        given = [answers_of(s, root, reader, forward, tokenizer, options, meter) for s in lists]
     answers = scored(samples, asked, metrics, given, options.point_distance)
     tasks, mean = summarize(answers)
     result = Evaluation(
@@ -206,6 +208,7 @@ def answers_of(
     forward: Forward,
     tokenizer: Any,
     options: Options,
+    meter: Meter,
 ) -> list[str]:
     """Return the model's answer to every question of a list, in order."""
     result: list[str] = []
@@ -213,6 +216,7 @@ def answers_of(
         prompts = [(q.prompt, read_features(samples, q.media, reader)) for q in some]
         with forward.precision():
             result += answer(forward.vlm, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
+        meter.add(len(some))
     return result
 
 

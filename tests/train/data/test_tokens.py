@@ -224,16 +224,19 @@ def test_several_data_sets_and_an_empty_one(root: CacheRoot, folder: Path) -> No
     assert lengths[1] - lengths[0] == len("a much longer answer") - len("two")
 
 
-def test_progress_is_logged(
+def test_progress_is_shown_and_the_end_is_logged(
     root: CacheRoot,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tokens, "PROGRESS_S", 0.0)
+    for name in ("UPDATE_S", "FIRST_LINE_S", "GROUP"):
+        monkeypatch.setattr(f"configs.progress.{name}", int(name == "GROUP"))
     with caplog.at_level(logging.INFO, "train.data.tokens"):
         opened(root, folder)
-    assert "d: 2 samples tokenised" in caplog.text
+    assert "  tokenise d  1" in capsys.readouterr().err
+    assert "d: 2 samples, " in caplog.text
 
 
 @pytest.mark.parametrize(
