@@ -66,7 +66,7 @@ def prepare(work: Work, downloads: Path) -> dict[str, Any]:
     concepts = chosen(read_concepts(emoji, icons), work.recipe["concepts"])
     data = work.folder / "data"
     counts = write_drawings(data, concepts, icons, work.recipe["artists"], work.recipe["variants"])
-    write_text(data, concepts, packages.chapters(files["book"]), work.recipe["passages"])
+    write_text(data, concepts, packages.chapters(files["book"]), **work.recipe["english"])
     off = build_models(work.folder / "models", files["tower"], files["language"])
     write_config(work)
     lines = [Line("tower equals its ONNX file", f"{off:.1e}", "<= 1e-4", off <= 1e-4)]
@@ -100,15 +100,29 @@ def build_models(folder: Path, tower: Path, language: Path) -> float:
 
 
 def write_text(
-    folder: Path, concepts: Sequence[Concept], chapters: Sequence[str], passages: int
+    folder: Path,
+    concepts: Sequence[Concept],
+    chapters: Sequence[str],
+    *,
+    passages: int,
+    weight: float,
 ) -> None:
-    """Write English to train on, English held out, and the questions of training without drawings."""
+    """Write English to train on, English held out, and the questions of training without drawings.
+
+    Args:
+        folder: where the files go.
+        concepts: what the questions are about.
+        chapters: of a book.
+        passages: how many passages are trained on, at most.
+        weight: factor of the loss of a passage's tokens.
+    """
     learned = [text for i, text in enumerate(chapters) if (i + 1) % HELD_OUT_CHAPTERS]
     held_out = [text for i, text in enumerate(chapters) if not (i + 1) % HELD_OUT_CHAPTERS]
     words = " ".join(learned).split()
     cut = [" ".join(words[at : at + PASSAGE_WORDS]) for at in range(0, len(words), PASSAGE_WORDS)]
     every = max(1, len(cut) // passages)
-    _write(folder / "english.json", [talk(CONTINUE, text) for text in cut[::every][:passages]])
+    some = [talk(CONTINUE, text) | {"weight": weight} for text in cut[::every][:passages]]
+    _write(folder / "english.json", some)
     (folder / "held-out.txt").write_text("\n\n".join(held_out), encoding="utf-8")
     asked = [talk(NAME, c.name) for c in concepts] + [talk(KIND, c.kind) for c in concepts]
     _write(folder / "blindfold.json", asked)

@@ -199,9 +199,10 @@ def test_quick_is_the_whole_with_other_sizes() -> None:
 
 def test_held_out_chapters_are_in_no_passage(tmp_path: Path) -> None:
     chapters = [f"chapter{i} " * 200 for i in range(24)]
-    prepare.write_text(tmp_path, [], chapters, 20)
+    prepare.write_text(tmp_path, [], chapters, passages=20, weight=0.5)
     learned = (tmp_path / "english.json").read_text()
     held_out = set((tmp_path / "held-out.txt").read_text().split())
     assert held_out == {"chapter7", "chapter15", "chapter23"}
     assert not held_out & set(learned.replace('"', " ").split())
-    assert len(json.loads(learned)) == 20
+    records = json.loads(learned)
+    assert len(records) == 20 and {record["weight"] for record in records} == {0.5}
