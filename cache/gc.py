@@ -122,17 +122,18 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
     going = sum(garbage.nbytes for garbage in found)
     if options.unreferenced:
         going += sum(rows.copied + rows.nbytes for rows in unreferenced)
-    with Meter("gc", going) as meter:
+    meter = Meter("gc", going) if options.delete else None
+    with meter or contextlib.nullcontext():
         for garbage in found:
             say(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
-            if options.delete:
+            if meter is not None:
                 remove(garbage, root)
                 meter.add(garbage.nbytes)
             freed += garbage.nbytes
         for rows in unreferenced:
             say(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
             if options.unreferenced:
-                if options.delete:
+                if meter is not None:
                     remove_unreferenced(rows, meter.add)
                 freed += rows.nbytes
     if options.delete:

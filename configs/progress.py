@@ -320,6 +320,7 @@ class Meter:
         self._start = self._updated = time.monotonic()
         self._pace.add(self._start, start)
         self._display = Display(what, out=out, lines=lines)
+        self._display.update(self._status())
 
     def __enter__(self) -> Self:
         return self

@@ -65,6 +65,15 @@ def size_of(stream: TextIO) -> tuple[int, int]:
     return columns, min(filter(None, (lines, _number("LINES"))), default=24)
 
 
+def in_background(stream: TextIO) -> bool:
+    """Return whether the shell has given the terminal to another program, as after `command &`."""
+    try:
+        group = os.tcgetpgrp(stream.fileno())
+    except (OSError, ValueError):  # not the terminal that controls this process
+        return False
+    return group not in (0, os.getpgrp())  # 0: a group outside this container
+
+
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0
@@ -108,7 +117,8 @@ class Block:
         self._restore = contextlib.ExitStack()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
-        if Block._active is not None:
+        self._installed = Block._active is None
+        if not self._installed:
             self._ended.set()
             return
         Block._active = self
@@ -125,13 +135,14 @@ class Block:
 
     def close(self, *, keep: bool = False) -> None:
         """Erase the block, or leave its last lines. The cursor is at the start of a line."""
-        if self._ended.is_set():
+        if not self._installed:
             return
+        self._installed = False
         with self._lock:
             if keep:
                 self.paint()
             self._ended.set()
-            if self._shown:
+            if self._shown and not self._away():
                 self._write(ERASE + "".join(f"{line}\n" for line in self._shown if keep))
                 self._shown = ()
         self._restore.close()
@@ -141,7 +152,7 @@ class Block:
     def paint(self) -> None:
         """Draw the lines as they are now."""
         with self._lock:
-            if self._ended.is_set() or not self._at_start:
+            if self._ended.is_set() or not self._at_start or self._away():
                 return
             lines = tuple(self._draw(*size_of(self._stream)))
             if lines == self._shown:
@@ -157,7 +168,7 @@ class Block:
         if os.getpid() != self._process:  # forked, perhaps while the lock was held
             return stream.write(text)
         with self._lock:
-            if self._shown:
+            if self._shown and not self._away():
                 self._write(ERASE)
                 self._shown = ()
             count = stream.write(text)
@@ -166,6 +177,13 @@ class Block:
                 self._at_start = text.endswith("\n")
             self.paint()
         return count
+
+    def _away(self) -> bool:
+        """Whether this program is in the background, where the cursor is behind what another has written."""
+        if in_background(self._stream):
+            self._shown = ()
+            return True
+        return False
 
     def _tick(self) -> None:
         while not self._ended.wait(TICK_S):

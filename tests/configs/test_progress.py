@@ -6,13 +6,11 @@ with Meter("read", nbytes) as meter:
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import re
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -400,7 +398,8 @@ def test_a_command_of_half_a_second_shows_no_bar(
 
 
 INTERRUPTED = """
-import sys, time
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its signals are for this process
 import configs
 from configs.progress import Meter
 
@@ -416,11 +415,6 @@ configs.command(main)
 
 def test_ctrl_c_leaves_the_cursor_on_a_fresh_line() -> None:
     with Terminal(columns=60) as terminal:
-
-        def own_the_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(terminal.slave, termios.TIOCSCTTY, 0)
-
         process = subprocess.Popen(
             [sys.executable, "-c", INTERRUPTED],
             stdin=terminal.slave,
@@ -428,7 +422,7 @@ def test_ctrl_c_leaves_the_cursor_on_a_fresh_line() -> None:
             stderr=terminal.slave,
             cwd=ROOT,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "", "NO_COLOR": "1"},
-            preexec_fn=own_the_terminal,
+            start_new_session=True,
         )
         deadline = time.monotonic() + 60
         while "/s" not in terminal.output and time.monotonic() < deadline:

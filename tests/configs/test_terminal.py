@@ -155,11 +155,14 @@ def test_a_block_inside_another_draws_nothing(terminal: Terminal) -> None:
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_job(terminal: Terminal) -> None:
-    with Block(sys.stderr, Lines("SIZE")) as block:
+    lines, before = Lines("work 1"), sys.stderr
+    with Block(sys.stderr, lines) as block:
         block.paint()
         os.close(terminal.master)
-        block.paint()  # as after a resize: what is drawn differs
-    assert block._ended.is_set()
+        lines.lines = ["work 2"]
+        block.paint()
+        block.paint()
+    assert sys.stderr is before and Block._active is None
 
 
 def test_output_to_a_file_does_not_pass_the_block(
@@ -186,6 +189,23 @@ def test_a_forked_process_prints_without_the_lock(
             print(" from a child")
         block.paint()
         assert terminal.screen().text()[0] == "work from a child"
+
+
+def test_a_program_in_the_background_draws_nothing_and_erases_nothing(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Lines("work 1")
+    with Block(sys.stderr, lines) as block:
+        block.paint()
+        with monkeypatch.context() as background:
+            background.setattr("configs.terminal.os.tcgetpgrp", lambda _fd: os.getpgrp() + 1)
+            os.write(terminal.slave, b"\n[1]+ Stopped\n$ ls")
+            lines.lines = ["work 2"]
+            block.paint()
+            print(" a line", file=sys.stderr)
+            assert terminal.screen().text() == ["work 1", "[1]+ Stopped", "$ ls a line"]
+        block.paint()
+        assert terminal.screen().text()[-1] == "work 2"
 
 
 # ---- what the environment and the window say

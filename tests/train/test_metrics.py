@@ -5,6 +5,7 @@ screen_line(window, last_step=1000)    # "step   10/1000  loss 1.5000  lr 1.00e-
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -16,22 +17,62 @@ from typing import Any
 import pytest
 
 from configs import UserError
+from tests.configs.screen import Terminal
 from tests.support import trained_runs
 from train import metrics
-from train.metrics import METRICS, StepRecord, cut_metrics, open_trackers, read_metrics, screen_line
+from train.metrics import (
+    METRICS,
+    RunLog,
+    StepRecord,
+    cut_metrics,
+    open_trackers,
+    read_metrics,
+    screen_line,
+)
+
+
+def record(step: int, loss: float, step_s: float) -> StepRecord:
+    rates = {"lr": 1e-4, "connector_lr": 0.0, "grad_norm": 2.0, "epoch": 0.0}
+    sizes = {"samples": 8, "tokens": 500, "wait_s": 0.1, "memory_gib": 1.5}
+    return StepRecord(step=step, loss=loss, step_s=step_s, **rates, **sizes)
 
 
 def test_the_line_on_the_screen_averages_the_steps_since_the_previous_one() -> None:
-    def record(step: int, loss: float, step_s: float) -> StepRecord:
-        rates = {"lr": 1e-4, "connector_lr": 0.0, "grad_norm": 2.0, "epoch": 0.0}
-        sizes = {"samples": 8, "tokens": 500, "wait_s": 0.1, "memory_gib": 1.5}
-        return StepRecord(step=step, loss=loss, step_s=step_s, **rates, **sizes)
-
     line = screen_line([record(9, 1.0, 0.5), record(10, 2.0, 1.5)], 3610)
     assert line == (
         "step   10/3610  loss 1.5000  lr 1.00e-04  grad 2.00  500 tok/s  8.0 samples/s  wait 10.0%  "
         "1000 ms  1.5 GiB  ETA 1 h 00 min"
     )
+
+
+@pytest.mark.parametrize("kind", ["terminal", "file"])
+def test_a_bar_is_below_the_lines_on_a_terminal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    for name in ("FIRST_BAR_S", "FIRST_LINE_S", "UPDATE_S"):
+        monkeypatch.setattr(f"configs.progress.{name}", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "")
+    with contextlib.ExitStack() as stack:
+        terminal = stack.enter_context(Terminal(columns=160))
+        if kind == "terminal":
+            stack.enter_context(contextlib.redirect_stdout(terminal.stream))
+            stack.enter_context(contextlib.redirect_stderr(terminal.stream))
+        log = RunLog(tmp_path, every=10, last_step=1000, start=400)
+        for step in range(401, 415):
+            log.step(record(step, 1.0, 0.5))
+        log._bar._display.paint()
+        if kind == "terminal":
+            line, bar = terminal.screen().text()
+            assert bar.startswith("train  41% [=") and "  414/1,000" in bar
+        log.close()
+        assert kind == "file" or terminal.screen().fresh
+        said = capsys.readouterr()
+        (line,) = terminal.screen().text() or said.out.splitlines()
+    assert line.startswith("step  410/1000  loss 1.0000  ") and said.err == ""
 
 
 def test_metrics_after_the_checkpoint_are_removed(tmp_path: Path) -> None:

@@ -280,8 +280,9 @@ def test_an_interrupt_passes_through_the_callback(clock: Clock) -> None:
 
 
 def test_a_large_rate_is_no_power_of_ten(clock: Clock) -> None:
-    out = io.StringIO()
-    with Progress(tracker_of(10_000_000), out=out) as progress:
+    out, tracker = io.StringIO(), tracker_of(1)
+    tracker.total = 10_000_000
+    with Progress(tracker, out=out) as progress:
         for second in range(8):
             timings = Timings(media=123_456 * second, span_s=second, clipped=7, encode_s=second)
             progress.update(timings)
