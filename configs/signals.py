@@ -131,7 +131,11 @@ class Interrupts:
         if self.received is None:
             self.received, self._since = number, now
             with contextlib.suppress(OSError):  # standard error may be closed
-                os.write(2, self._note_text.encode())  # a print() within a print() may fail
+                # On a terminal there is `^C` before it, and perhaps a bar.
+                start = "\n" if self._note_text and os.isatty(2) else ""
+                os.write(
+                    2, (start + self._note_text).encode()
+                )  # a print() within a print() may fail
         elif now - self._since >= self._same_press_s:
             raise KeyboardInterrupt
 

@@ -46,6 +46,7 @@ from encode.worker.config import WorkerConfig
 from model.vision.config import encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
+STOPPING = "stopping: what is encoded is committed first; Ctrl-C again ends at once\n"
 COUNTS = ("max_frames", "connections", "connections_per_host", "fetch_tries")
 
 
@@ -239,7 +240,7 @@ def encode(
     if options.plan:
         job.show(job.plan(**repeat), always_measure=True)
         return 0
-    interrupts = Interrupts()
+    interrupts = Interrupts(STOPPING)
     with DriverLock(job.paths, holder_text("encode.run")) as lock:
         plan = job.plan(**repeat)
         seconds = job.show(plan)

@@ -397,26 +397,38 @@ def test_a_command_of_half_a_second_shows_no_bar(
     assert terminal.screen().text() == ["a line"] and "read" not in terminal.output
 
 
-INTERRUPTED = """
+PROGRAM = """
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its signals are for this process
 import configs
 from configs.progress import Meter
+from configs.signals import Interrupts
 
-def main():
+def at_once():
     with Meter("read", 10**6) as meter:
         while True:
             meter.add(1)
             time.sleep(0.02)
 
-configs.command(main)
+def in_order():
+    with Interrupts("stopping\\n") as interrupts, Meter("read", 10**6) as meter:
+        while not interrupts.stopping():
+            meter.add(1)
+            time.sleep(0.02)
+        time.sleep(0.6)  # to commit
+        meter.add(1)
+    print("12 are kept")
+    return interrupts.exit_code
+
+configs.command(globals()[sys.argv[1]])
 """
 
 
-def test_ctrl_c_leaves_the_cursor_on_a_fresh_line() -> None:
-    with Terminal(columns=60) as terminal:
+def interrupted(kind: str) -> list[str]:
+    """Return what is on the terminal of a program after Ctrl-C."""
+    with Terminal(columns=120) as terminal:
         process = subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED],
+            [sys.executable, "-c", PROGRAM, kind],
             stdin=terminal.slave,
             stdout=terminal.slave,
             stderr=terminal.slave,
@@ -433,5 +445,15 @@ def test_ctrl_c_leaves_the_cursor_on_a_fresh_line() -> None:
         assert process.wait(timeout=10) == 130
         shown = terminal.screen()
     assert shown.fresh
-    *_, bar, said = shown.text()
+    return shown.text()
+
+
+def test_ctrl_c_leaves_the_bar_and_a_fresh_line() -> None:
+    *_, bar, said = interrupted("at_once")
     assert said == "interrupted" and re.match(r"read   0% \[>.*  \d+ B/1 MB  \d+ B/s", bar)
+
+
+def test_a_job_that_ends_in_order_erases_its_bar() -> None:
+    *_, bar, stopping, kept = interrupted("in_order")
+    assert (stopping, kept) == ("stopping", "12 are kept")
+    assert bar.startswith("read   0% [>") and bar.endswith("^C"), "where the terminal wrote into it"
