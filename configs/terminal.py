@@ -33,10 +33,18 @@ STYLES = {"": "", "bold": "1", "green": "32", "red": "31", "dim": "2"}
 """Name -> parameter of the escape sequence."""
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether the stream is a terminal; one that is closed or missing is none."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False
+
+
 def can_redraw(stream: TextIO) -> bool:
     """Return whether the stream is a terminal on which a line can be drawn again."""
     # A terminal without a TERM counts as dumb, as it does for git.
-    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return is_terminal(stream) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def has_colors(stream: TextIO) -> bool:
@@ -220,7 +228,7 @@ def _streams_above(block: Block) -> Iterator[None]:
     before: dict[str, TextIO] = {}
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream.isatty():
+        if is_terminal(stream):
             before[name] = stream
             setattr(sys, name, _Above(stream, block))
     handlers = list(_handlers_of(before.values()))

@@ -209,7 +209,7 @@ class JobProgress:
         if self._since is None:
             left = "starting"
         elif state.done == state.total:
-            left = "committing"
+            left = "finishing"
         rows = [
             (
                 node.address,

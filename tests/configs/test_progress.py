@@ -284,13 +284,15 @@ def test_threads_may_count(clock: Callable[[float], None]) -> None:
     assert meter.total_text().startswith("read 8,000 in ")
 
 
-@pytest.mark.parametrize("stream", [None, "closed"])
+@pytest.mark.parametrize("stream", [None, "closed", "closed before"])
 def test_a_process_without_standard_error_works(
     stream: str | None, monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]
 ) -> None:
     out = None
     if stream:
         out = io.TextIOWrapper(io.BytesIO())
+        if stream == "closed before":
+            out.close()
     monkeypatch.setattr(sys, "stderr", out)
     with Meter("read", 100) as meter:
         if out is not None:
