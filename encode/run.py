@@ -69,6 +69,9 @@ class Options:
     """Average n x n patches of an image before storing. Default: the encoder's entry."""
     frame_pool: int | None = None
     """Average n x n patches of a video's frame before storing. Default: the encoder's entry."""
+    decode: Literal["whole", "reduced"] | None = None
+    """reduced: decode a JPEG far larger than the encoder's input at 1/2, 1/4 or 1/8 of its size. Faster, with
+    other features, so another space. Default: the encoder's entry, else whole."""
     block: int | None = None
     """With --tail: the block (from 0) whose output is stored, unpooled and with CLS."""
     tail: bool = False
@@ -283,8 +286,12 @@ def how_to_read(options: Options, command: CommandLine) -> Reading:
 
 def worker_config(options: Options) -> WorkerConfig:
     """Return how workers are made, without what is known only once there is a space."""
-    pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
-    encoder = encoder_config(options.encoder, **pools)
+    encoder = encoder_config(
+        options.encoder,
+        pool_image=options.pool,
+        pool_frame=options.frame_pool,
+        decode=options.decode,
+    )
     encoder.check_weights(options.weights, options.random_weights)
     if options.block is not None:
         encoder = encoder.with_tail(options.block)
@@ -321,6 +328,7 @@ def check(
         "container": (options.format,),
         "encoder": (encoder.space_name, f"random-{encoder.space_name}"),
         "codec": (options.codec,),
+        "decode": (encoder.decode,),
         "pool_image": (1 if encoder.tail else encoder.pool_image,),
         "pool_frame": (1 if encoder.tail else encoder.pool_frame,),
     }

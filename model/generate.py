@@ -44,7 +44,8 @@ from configs.text import say
 from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
-from model.media.images import BadMediaError, decode_noted
+from model.media.fit import InputFit
+from model.media.images import BadMediaError, DecodedImage
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
 from model.quantize import pack
@@ -151,10 +152,11 @@ def generate(options: Options) -> str:
     media: list[Tensor | Video] = []
     if options.image or options.video:
         images, videos = [], []
+        spec = FeatureSpec.from_json(meta["space"]["spec"])
         for path in options.image:
             with _user_errors(path, "JPEG, PNG, WebP, GIF, BMP or TIFF"):
-                decoded = decode_noted(read_regular(path, most=MAX_IMAGE_BYTES))
-                images.append(decoded.image)
+                decoded = InputFit.of(spec).decode(read_regular(path, most=MAX_IMAGE_BYTES))
+                images.append(decoded)
                 _tell(path, decoded.note)
         for path in options.video:
             with _user_errors(path, "video file"):
@@ -162,7 +164,7 @@ def generate(options: Options) -> str:
                 _tell(path, info.note)
         encoder = rebuild_encoder(
             meta["space"]["load"],
-            FeatureSpec.from_json(meta["space"]["spec"]),
+            spec,
             device=options.device,
             weights=options.weights,
         )
@@ -251,7 +253,7 @@ def live_video(
 def _encode(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
-    images: Sequence[Image],
+    images: Sequence[Image | DecodedImage],
     videos: Sequence[tuple[Path, VideoInfo]],
     max_frames: int,
     watch: Stopwatch,
@@ -269,14 +271,17 @@ def _encode(
 
 
 def live_features(
-    encoder: VisionEncoder, space: Mapping[str, Any], images: Iterable[Image], array: str = "image"
+    encoder: VisionEncoder,
+    space: Mapping[str, Any],
+    images: Iterable[Image | DecodedImage],
+    array: str = "image",
 ) -> Tensor:
     """Encode n images and pass the features through the space's codec: (n, M, V) float16.
 
     Args:
         encoder: that of the space, see `model.vision.encoder.rebuild_encoder`.
         space: content of space.json.
-        images: RGB.
+        images: RGB, or decoded as the space says.
         array: `image`, or `frame` for frames of videos, which have their own pooling.
 
     Raises:

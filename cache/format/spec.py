@@ -37,6 +37,7 @@ ARRAY_OF = {"image": "image", "video": "frame"}
 """Media kind -> the array that has its rows."""
 
 FITS = ("squash", "pad", "crop")
+DECODES = ("whole", "reduced")
 CONTAINERS = ("zarr", "webdataset")
 SHORTER_SIDE = ":shorter-side-"
 """In `resize`, before the pixels of the shorter side."""
@@ -54,14 +55,16 @@ Block = Annotated[int, Meta(ge=0, le=9999)]
 
 _NOT_HASHED = frozenset({"encoder", "tail"})
 # A display name, since `weights` and `architecture` identify it; and what no row depends on.
-_HASHED_UNLESS = {"container": "zarr"}
+_HASHED_UNLESS = {"container": "zarr", "decode": "whole"}
 """Fields that are hashed only if they differ from this value."""
 # A new optional field belongs here, so that the fingerprints of existing spaces do not change.
+_CHOICES = {"codec": CODECS, "fit": FITS, "container": CONTAINERS, "decode": DECODES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One way of encoding. Its fingerprint is of all but `encoder`, `tail`, and `container` if `zarr`."""
+    """One way of encoding. Its fingerprint is of all but `encoder`, `tail`, and the defaults of `container`
+    and `decode`."""
 
     encoder: str
     """Display name, the first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""
@@ -107,6 +110,9 @@ class FeatureSpec:
     """Version of the on-disk format."""
     container: str = "zarr"
     """Format of a shard: `zarr` (of a Zarr v3 array) or `webdataset` (a tar)."""
+    decode: str = "whole"
+    """`whole`, or `reduced`: a JPEG far larger than the input is decoded at 1/2, 1/4 or 1/8 of its size."""
+    # How far is decided in model.media.fit. Another rule there needs another word here.
     tail: Tail | None = None
     """Blocks behind the stored one, which training computes; None: the rows are what the connector gets."""
 
@@ -117,7 +123,7 @@ class FeatureSpec:
                 f"encoder {str(name)[:MAX_ENCODER]!r}: a name has letters, digits, '.', '_' and '-', "
                 f"begins with a letter or digit, has no '..', and takes at most {MAX_ENCODER} characters"
             )
-        for name, choices in (("codec", CODECS), ("fit", FITS), ("container", CONTAINERS)):
+        for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} {str(value)[:40]!r} is none of {', '.join(choices)}")
         if self.image_size % self.patch_size:

@@ -89,6 +89,8 @@ def encoder_words(space: Encoded, presets: Mapping[str, Any], codec: str = "") -
         words += ["--pool", str(spec.seen.pool_image)]
     if preset.get("pool_frame", 3) != spec.seen.pool_frame:
         words += ["--frame-pool", str(spec.seen.pool_frame)]
+    if preset.get("decode", "whole") != spec.decode:
+        words += ["--decode", spec.decode]
     if spec.container != "zarr":
         words += ["--format", spec.container]
     if spec.encoder.startswith("random-") and not entry.get("tower"):  # demo towers have no others

@@ -103,10 +103,11 @@ def facts(found: Findings) -> list[tuple[str, str]]:
     """Return (name, value) of what decides a row, and of the state of the space."""
     spec = found.reader.spec
     sizes = dict.fromkeys(bytes_text(spec.row_bytes(array)) for array in found.norms)
+    reduced = ", large JPEGs decoded at a reduced scale" if spec.decode == "reduced" else ""
     listed = [
         ("encoder", f"{spec.encoder} ({spec.architecture})"),
         ("blocks, from 0", ", ".join(map(str, spec.blocks))),
-        ("input", f"{spec.image_size} × {spec.image_size} px, {spec.fit}"),
+        ("input", f"{spec.image_size} × {spec.image_size} px, {spec.fit}{reduced}"),
         ("computed in", f"{spec.compute_dtype}, batches of {spec.batch_size}"),
         ("stored as", f"{spec.codec} in {spec.container}, {' or '.join(sizes)} a row"),
         ("newest shard", f"{found.newest:%Y-%m-%d %H:%M} UTC"),

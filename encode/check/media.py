@@ -36,7 +36,7 @@ from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
 from encode.worker.local_files import MAX_BYTES
 from model.media import video, video_index
-from model.media.images import BadMediaError, decode_image
+from model.media.images import BadMediaError, DecodedImage
 from model.vision.encoder import rebuild_encoder
 
 NOT_ON_DISK = "from the web, and not kept on this disk"
@@ -166,9 +166,9 @@ class MediaLoader:
         array = ARRAY_OF[record.kind]
         times: npt.NDArray[np.float64] = np.empty(0)
         views: tuple[str, ...] = (FULL,)
-        images: Iterable[Image]
+        images: Iterable[Image | DecodedImage]
         if isinstance(data, bytes) and record.kind == "image":
-            images = [decode_image(data)]
+            images = [self.encoder.decode(data)]
         else:
             times = self.reader.times(array, numbers)
             index = self.reader.index[array]  # it has the time that each frame was requested for

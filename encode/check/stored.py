@@ -78,7 +78,10 @@ def _options(info: SpaceInfo) -> str:
     encoder = shlex.quote(str(name or spec.encoder.removeprefix("random-")))
     pools = f"--pool {spec.seen.pool_image} --frame-pool {spec.seen.pool_frame}"
     tail = "" if spec.tail is None else f" --block {spec.tail.first - 1} --tail"
-    return f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}{tail}"
+    decode = "" if spec.decode == "whole" else f" --decode {spec.decode}"
+    return (
+        f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}{decode}{tail}"
+    )
 
 
 def check_space(

@@ -68,7 +68,7 @@ class PrefetchCallbacks(Protocol):
         """Decode an image. Raises BadMediaError."""
         ...
 
-    def prepare(self, image: Image.Image) -> Pixels:
+    def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
         """Return the encoder input (S, S, 3) of an image."""
         ...
 
@@ -263,7 +263,7 @@ class Prefetcher:
             size = size_in_header(item.data)
         else:
             decoded = self._worker.decode(item.data)
-            size, pixels = decoded.image.size, self._worker.prepare(decoded.image)
+            size, pixels = decoded.size, self._worker.prepare(decoded)
             item.record = replace(item.record, note=decoded.note)
             del decoded  # the encoder may be slow
             only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)

@@ -35,7 +35,7 @@ from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Prefetcher
 from encode.worker.row_writer import RowWriter
-from model.media.images import DecodedImage, Failure, decode_noted
+from model.media.images import DecodedImage, Failure
 from model.quantize import pack
 from model.vision.encoder import VisionEncoder
 
@@ -156,9 +156,9 @@ class Worker:
 
     def decode(self, data: bytes) -> DecodedImage:
         """Decode an image. Tests override it."""
-        return decode_noted(data)
+        return self._encoder.decode(data)
 
-    def prepare(self, image: Image.Image) -> Pixels:
+    def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
         """Return the encoder input (S, S, 3) of an image."""
         return self._encoder.prepare(image)
 

@@ -32,7 +32,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError
 from configs.console import bytes_text
 from configs.text import say
-from model.export.card import find_card, frames_note, model_card, own_class_note
+from model.export.card import decode_note, find_card, frames_note, model_card, own_class_note
 from model.export.compare import Comparison, MismatchError, answers_of, compare, sample_questions
 from model.export.folder import WEIGHTS, check_exportable, write_folder
 from model.export.gguf import Kind, check_gguf, write_gguf
@@ -112,6 +112,8 @@ def export(options: Options) -> Comparison:
         check_gguf(spec)
     card = find_card(source)
     say(f"model     {source}: stage {meta['stage']}, step {meta['step']:,}")
+    if note := decode_note(spec):
+        say(f"images    {note}")
     if note := frames_note(spec, card):
         say(f"videos    {note}")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

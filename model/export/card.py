@@ -27,6 +27,7 @@ from model.export.towers import NESTED, ExportedTower
 from model.io.run_files import read_json
 from model.language.folder_template import FOLDER_TEMPLATE
 from model.language.lora import Adapters, AdaptersMeta
+from model.media.fit import SPARE
 
 CARD = "card.json"
 OVERRIDES = '{"projector_hidden_act":"torch.nn.modules.linear.Identity"}'
@@ -133,6 +134,17 @@ def frames_note(spec: FeatureSpec, card: Mapping[str, Any]) -> str:
     return "give the frames as images, and before each its time in seconds, as `0.5 `"
 
 
+def decode_note(spec: FeatureSpec) -> str:
+    """Return which images were decoded otherwise in training than a processor does; '' for none."""
+    if spec.decode == "whole":
+        return ""
+    least, side = 2 * SPARE * spec.shorter_side, "longer" if spec.fit == "pad" else "shorter"
+    return (
+        f"in training, a JPEG whose {side} side has {least:,} pixels or more was decoded at 1/2, 1/4 or 1/8 "
+        "of its size; the processor decodes it whole, and its features differ slightly"
+    )
+
+
 def own_class_note(spec: FeatureSpec, tower: ExportedTower) -> str:
     """Return why a model has a class of its own, and which runtimes take it; '' if it has none."""
     if not has_own_class(spec, tower):
@@ -194,6 +206,7 @@ def model_card(
         fit=FITS[spec.fit].format(
             size=f"{spec.image_size} x {spec.image_size}", shorter=spec.shorter_side
         ),
+        decoded=decode_note(spec),
         frames=frames_note(spec, card),
         found=found,
         new_tokens=NEW_TOKENS,

@@ -4,7 +4,8 @@
     signatures      tables of first bytes, and what to do with formats that are not decoded
     png_chunks      the parts of a PNG file that change its pixels
     cut_jpeg        a JPEG file that lacks its last bytes, and how much of it that is
-    images          bytes -> an upright RGB image -> the encoder's square input
+    images          bytes -> an upright RGB image
+    fit             an RGB image -> the encoder's square input; how far a JPEG is reduced for it
     video           the frames of a video at given times
     video_open      which containers and codecs are opened, and how
     video_index     the length of a video: one pass over its packets, first and last frame

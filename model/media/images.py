@@ -1,4 +1,4 @@
-"""Bytes of an image -> RGB pixels -> the encoder's square input. PIL and numpy, no torch; thread-safe.
+"""Bytes of an image -> upright RGB pixels. PIL and numpy, no torch; thread-safe.
 
 Every input that is not an intact image raises `BadMediaError` and nothing else. That includes inputs for
 which PIL raises another exception, only warns, or returns pixels of a damaged file. These decisions change
@@ -13,6 +13,7 @@ pixels and are made here only:
 - EXIF's orientation is applied. Unreadable EXIF does not make an image fail.
 - Of an animation or a multi-page file, the first image is used; of HEIC, the primary one.
 - Texts and profiles of PNG are not read, so damage in them does no harm.
+- A JPEG may be decoded at a reduced scale, if the caller asks for it. Other formats never are.
 - A JPEG that lacks at most `MAX_MISSING` of its pixels is shown as browsers show it: the rest is grey. A note
   says so.
 """
@@ -22,15 +23,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
-from cache.format.spec import SHORTER_SIDE
 from configs import one_line
 from model.media.cut_jpeg import CutJpeg, find_cut, missing_share
 from model.media.kinds import recognise
@@ -67,11 +66,6 @@ A quarter, because what is asked about an image is rarely below three quarters o
 the last few bytes may hold as much. A larger hole would be learnt as a grey area.
 """
 
-RESIZE = "pillow:bicubic"
-"""Library and filter of the resize, as specs name them."""
-LONGEST_STRIP = 32
-"""Length over width of the longest image that `crop` resizes whole; it cuts longer ones first."""
-
 MAX_REASON = 160
 """Longest reason in the ledger, characters. Some messages of PIL quote file contents."""
 
@@ -88,6 +82,8 @@ _UPRIGHT = {
 
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
+_FROM_RIGHT, _FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
+"""EXIF orientations whose last stored column or row becomes the first, upright."""
 
 _ORIENTATION_TAG = 0x0112  # EXIF's number of the tag
 
@@ -124,6 +120,19 @@ class BadMediaError(Exception):
         return Failure(self.stage, self.reason)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """How a JPEG was reduced when it was decoded."""
+
+    size: tuple[int, int]
+    """Width and height of the whole image, upright, pixels."""
+    by: int
+    """What they were divided by: 2, 4 or 8."""
+    box: tuple[float, float, float, float]
+    """The part of the reduced image that shows the whole one: left, top, right, bottom, in its pixels."""
+    # A side that is no multiple of `by` is rounded up to a whole pixel, which a decoder fills in.
+
+
 @dataclass(frozen=True)
 class DecodedImage:
     """An image, and what a report should mention about it."""
@@ -132,6 +141,17 @@ class DecodedImage:
     """RGB, upright."""
     note: str | None = None
     """A defect that the image has nevertheless, in one line; None for nothing."""
+    reduced: Reduced | None = None
+    """How it was reduced; None: it has all its pixels."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole image, upright, pixels."""
+        return self.image.size if self.reduced is None else self.reduced.size
+
+
+ScaleOf = Callable[[int, int], int]
+"""Width and height of a JPEG -> what they are divided by while it is decoded: 1, 2, 4 or 8."""
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -144,8 +164,12 @@ def decode_image(data: bytes) -> Image.Image:
     return decode_noted(data).image
 
 
-def decode_noted(data: bytes) -> DecodedImage:
+def decode_noted(data: bytes, scale_of: ScaleOf | None = None) -> DecodedImage:
     """Decode an image as `decode_image` does, and return the note for the ledger with it.
+
+    Args:
+        data: bytes of the file.
+        scale_of: how far a JPEG is reduced; None: not at all. Other formats are decoded whole.
 
     Raises:
         BadMediaError: as `decode_image` does.
@@ -155,16 +179,16 @@ def decode_noted(data: bytes) -> DecodedImage:
         if found.format and found.kind != "image":
             raise BadMediaError(found.instead_of("image"))
         if found.format == "JPEG" and (cut := find_cut(data)) is not None:
-            return _decode_cut(cut)
+            return _decode_cut(cut, scale_of)
         try:
-            return DecodedImage(_decode(data))
+            return _decode(data, scale_of)
         except OSError as error:
             if found.format == "JPEG" and "truncated" in str(error):
                 raise BadMediaError("the JPEG ends early: too much of it is missing") from None
             raise
 
 
-def _decode_cut(cut: CutJpeg) -> DecodedImage:
+def _decode_cut(cut: CutJpeg, scale_of: ScaleOf | None) -> DecodedImage:
     """Decode a JPEG that lacks its end, if that is not too much.
 
     PIL sometimes accepts such a file as it is, which depends on how it is read; the note never does.
@@ -176,7 +200,7 @@ def _decode_cut(cut: CutJpeg) -> DecodedImage:
         raise BadMediaError(f"the JPEG ends early: {missing:.0%} of it is missing")
     lost = f"its last {max(missing, 0.001):.1%} is missing and grey"
     lost = lost if missing else "no pixel is missing"
-    return DecodedImage(_decode(cut.completed), f"the JPEG ends early: {lost}")
+    return replace(_decode(cut.completed, scale_of), note=f"the JPEG ends early: {lost}")
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -220,15 +244,49 @@ def _as_bad_media(data: bytes) -> Iterator[None]:
         raise BadMediaError(one_line(error, MAX_REASON)) from error
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, scale_of: ScaleOf | None) -> DecodedImage:
     with _open(data) as image:
+        whole = image.size
+        by = 1 if scale_of is None else _reduce(image, scale_of(*whole))
         image.load()
         check_size(*image.size, MAX_PIXELS)
         # After load: PNG may store EXIF behind the pixels, and PIL turns a TIFF while it loads.
-        turn = _UPRIGHT.get(_orientation(image))
+        orientation = _orientation(image)
+        turn = _UPRIGHT.get(orientation)
         rgb = _to_rgb(image)
         image.close()  # leaving the block closes its file alone; its pixels would stay until the end
-    return rgb if turn is None else rgb.transpose(turn)
+    reduced = _reduced(whole, by, orientation) if by > 1 else None
+    return DecodedImage(rgb if turn is None else rgb.transpose(turn), reduced=reduced)
+
+
+def _reduce(image: Image.Image, by: int) -> int:
+    """Have the sides of a JPEG divided by `by` when it is decoded; return what they are divided by.
+
+    That is 1 for other formats. libjpeg computes fewer values from the same coefficients: less work, and no
+    aliasing.
+    """
+    if by == 1 or not isinstance(image, JpegImagePlugin.JpegImageFile):  # MPO is a subclass
+        return 1
+    width, height = image.size
+    # PIL takes the largest scale that leaves both sides this long.
+    drafted = image.draft(None, (max(1, width // by), max(1, height // by)))
+    return 1 if drafted is None else round(width / drafted[1][2])
+
+
+def _reduced(whole: tuple[int, int], by: int, orientation: int) -> Reduced:
+    """Return how an image was reduced.
+
+    Args:
+        whole: width and height as stored, pixels.
+        by: what they were divided by.
+        orientation: EXIF's.
+    """
+    width, height = whole[::-1] if orientation in _TURNED else whole
+    # Of the last stored column and row, the part that is too much.
+    left = -width % by / by if orientation in _FROM_RIGHT else 0.0
+    top = -height % by / by if orientation in _FROM_BOTTOM else 0.0
+    box = (left, top, left + width / by, top + height / by)
+    return Reduced(size=(width, height), by=by, box=box)
 
 
 def _stored_pixels(data: bytes) -> Image.Image:
@@ -260,54 +318,6 @@ def _open(data: bytes) -> Image.Image:
         image.close()
         raise
     return image
-
-
-def fit_image(
-    image: Image.Image, size: int, fit: str, mean: Sequence[float], shorter_side: int | None = None
-) -> npt.NDArray[np.uint8]:
-    """Resize an RGB image to the encoder's square input, (size, size, 3) uint8.
-
-    Bicubic with antialiasing.
-
-    Args:
-        image: RGB.
-        size: side of the square, pixels.
-        fit: `squash` ignores the aspect ratio; `pad` keeps it and fills up with the mean colour; `crop` takes
-            the central square.
-        mean: the encoder's mean colour in [0, 1].
-        shorter_side: with `crop`, pixels of the shorter side before the square is cut out; None: `size`.
-    """
-    if fit == "crop":
-        return _crop(image, size, shorter_side or size)
-    if fit == "pad":
-        image = _pad(image, size, mean)
-    elif fit != "squash":
-        raise ValueError(f"fit {fit!r} is none of squash, pad, crop")
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
-
-
-def resize_text(fit: str, shorter_side: int) -> str:
-    """Return what `fit_image` resizes with, for a spec: library, filter, shorter side before a cut."""
-    return RESIZE + (f"{SHORTER_SIDE}{shorter_side}" if fit == "crop" else "")
-
-
-def _crop(image: Image.Image, size: int, shorter_side: int) -> npt.NDArray[np.uint8]:
-    """Resize an image until its shorter side has `shorter_side` pixels, and cut out the middle.
-
-    Sizes and offsets are rounded as in transformers' image processors, so the pixels are theirs.
-    """
-    short, long = sorted(image.size)
-    if long > LONGEST_STRIP * short:  # resized whole, such a strip would take gigabytes
-        keep = LONGEST_STRIP * short
-        start = (long - keep) // 2
-        is_wide = image.width == long
-        box = (start, 0, start + keep, short) if is_wide else (0, start, short, start + keep)
-        image, long = image.crop(box), keep
-    new = shorter_side, int(shorter_side * long / short)
-    width, height = new if image.width <= image.height else new[::-1]
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.array(resized.crop((left, top, left + size, top + size)), dtype=np.uint8)
 
 
 def _formats() -> tuple[str, ...]:
@@ -380,23 +390,6 @@ def _grey_from_wide(image: Image.Image) -> Image.Image:
         raise BadMediaError("32-bit pixels beyond 0..65535, which do not define white")
     grey = (grey.astype(np.int32) * 255 + 32767) // 65535  # at most 16,744,192: int32 is enough
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-
-
-def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
-    """Return `image` centred on a square of the mean colour."""
-    side = max(image.size)
-    if side * side > MAX_PIXELS:
-        # A 1 x 80,000,000 strip would need a square of 10^15 pixels: shrink such images first. Four times
-        # the target size leaves the final resize enough detail.
-        shrink = 4 * size / side
-        width, height = (max(1, round(length * shrink)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        side = max(width, height)
-    # int(), as Hugging Face's LlavaImageProcessor does, with which the result agrees within one 8-bit level.
-    red, green, blue = (int(value * 255) for value in mean)
-    square = Image.new("RGB", (side, side), (red, green, blue))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def _describe_unknown(data: bytes) -> str:

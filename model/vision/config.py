@@ -91,6 +91,9 @@ class EncoderConfig:
     """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
     shorter_side: int | None = None
     """With `fit: crop`, pixels of the shorter side before the centre is cut out. None: the input's side."""
+    decode: Literal["whole", "reduced"] = "whole"
+    """`reduced`: a JPEG far larger than the input is decoded at 1/2, 1/4 or 1/8 of its size, which leaves it
+    twice the pixels of the input along a side, at least. Faster; makes other features."""
     pool_image: int = 1
     """Images: side of the pooling window; n x n patches become one token, their mean."""
     pool_frame: int = 3  # as Molmo2 pools frames

@@ -1,6 +1,7 @@
 """The frozen encoder: images -> patch features, as its `FeatureSpec` specifies.
 
     encoder = load_encoder(encoder_config("clip-vit-l14-336"))
+    images = [encoder.decode(data) for data in files]
     pixels = np.stack([encoder.prepare(image) for image in images])     # (n, S, S, 3) uint8
     features = encoder.encode(pixels)                                    # (n, M, V) float32
 
@@ -29,7 +30,8 @@ from cache.format.spec import FeatureSpec
 from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
-from model.media.images import fit_image, resize_text
+from model.media.fit import InputFit, resize_text
+from model.media.images import DecodedImage
 from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
 from model.vision.replay import Replay
@@ -59,7 +61,7 @@ class _Built:
 
 
 class VisionEncoder:
-    """A frozen tower on its device. `prepare` is thread-safe; only one thread may call `encode` at a time."""
+    """A frozen tower on its device. `decode` and `prepare` are thread-safe, `encode` is for one thread."""
 
     def __init__(self, config: EncoderConfig, built: _Built, device: torch.device) -> None:
         self.config = config
@@ -69,6 +71,13 @@ class VisionEncoder:
         self.dtype = native_dtype(device) if wanted == "auto" else DTYPES[wanted]
         self._tower = built.tower.to(device, self.dtype).eval().requires_grad_(False)
         self._replay = Replay(self._tower)
+        self.input = InputFit(
+            size=built.tower.image_size,
+            fit=config.fit,
+            mean=built.mean,
+            shorter_side=config.shorter_side or built.tower.image_size,
+            reduces=config.decode == "reduced",
+        )
         self._mean = torch.tensor(built.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(built.std, device=device).view(1, 3, 1, 1)
 
@@ -106,10 +115,17 @@ class VisionEncoder:
         """Parameters that the features depend on. The others are not kept."""
         return sum(p.numel() for p in self._tower.parameters())
 
-    def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Fit an RGB image to the tower's input, (S, S, 3) uint8."""
-        side, config = self._built.tower.image_size, self.config
-        return fit_image(image, side, config.fit, self._built.mean, config.shorter_side)
+    def decode(self, data: bytes) -> DecodedImage:
+        """Decode an image as the features of a space need it: whole, or reduced.
+
+        Raises:
+            BadMediaError: it cannot be decoded.
+        """
+        return self.input.decode(data)
+
+    def prepare(self, image: Image.Image | DecodedImage) -> npt.NDArray[np.uint8]:
+        """Fit an RGB image, or one from `decode`, to the tower's input, (S, S, 3) uint8."""
+        return self.input.prepare(image)
 
     def encode(self, pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
         """Encode (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as for `array`.
@@ -347,6 +363,7 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             compute_dtype=compute_dtype,
             batch_size=config.batch_size,
             codec=codec,
+            decode=config.decode,
         )
         spec.row_bytes("image")  # refuses a width the codec cannot divide
     except ValueError as error:

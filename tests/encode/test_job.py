@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 
 from cache.errors import DiskError
 from cache.format.codec import pack
@@ -79,6 +80,29 @@ def test_a_row_equals_the_features_of_its_image_encoded_alone(photos: Path, job:
         assert stored.tobytes() == pack(alone, "fp16").tobytes()
         record = result.ledger[path.name]
         assert (record.width, record.height, record.bytes) == (24, 24, path.stat().st_size)
+
+
+def test_large_jpegs_are_decoded_at_a_reduced_scale_into_a_space_of_their_own(
+    photos: Path, job: Encode
+) -> None:
+    """The ledger has the size of the whole image: points in pixels are divided by it."""
+    draw(photos, 1, first=20, side=57)
+    with Image.open(photos / "0020.png") as small:
+        small.resize((227, 331)).save(photos / "large.jpg", quality=95)
+    config = dataclasses.replace(CONFIG, encoder=dataclasses.replace(TINY, decode="reduced"))
+    whole, reduced = job(codec="fp16"), job(codec="fp16", config=config)
+    assert reduced.job.spec == dataclasses.replace(whole.job.spec, decode="reduced")
+    assert reduced.paths != whole.paths and reduced.reader.rows("image") == 16
+    encoder = load_encoder(config.encoder, device="cpu")
+    for path in photos.iterdir():
+        decoded = encoder.decode(path.read_bytes())
+        alone = encoder.encode(encoder.prepare(decoded)[None]).numpy()
+        key = key_of(reduced, path.name)
+        stored, before = (one.reader.read("image", key) for one in (reduced, whole))
+        assert stored.tobytes() == pack(alone, "fp16").tobytes()
+        assert (stored.tobytes() == before.tobytes()) == (path.name != "large.jpg")
+    record = reduced.ledger["large.jpg"]
+    assert (record.width, record.height) == (227, 331)
 
 
 def test_a_row_does_not_depend_on_the_other_images_of_its_batch(

@@ -90,6 +90,34 @@ def test_live_features_equal_cached_ones(world: Path, encoder: VisionEncoder) ->
     assert torch.equal(live, from_cache(world, encoder, ["red", "lime"]))
 
 
+def test_a_jpeg_is_decoded_as_the_space_of_the_model_says(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(encoder_config("demo", decode="reduced"), device="cpu")
+    space = {"spec": encoder.spec("int8").to_json(), "load": encoder.load_info()}
+    final = tmp_path / "run/stage1/final"
+    shutil.copytree(world / "run/stage1/final", final)
+    meta = read_meta(final) | {"space": space}
+    (final / META).write_bytes(sealed_json(meta))
+    photograph = tmp_path / "large.jpg"
+    with Image.open(world / "lime.png") as small:
+        small.resize((601, 501)).save(photograph)
+    seen: list[torch.Tensor] = []
+
+    def spy(*args: object) -> torch.Tensor:
+        seen.append(live_features(*args))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr("model.generate.live_features", spy)
+    words = ["--run", str(tmp_path / "run"), "--image", str(photograph), "--prompt", "what?"]
+    assert main([*words, "--max-new-tokens", "2"]) == 0
+    whole = live_features(encoder, space, [decode_image(photograph.read_bytes())])
+    decoded = encoder.decode(photograph.read_bytes())
+    assert decoded.reduced is not None
+    assert torch.equal(seen[0], live_features(encoder, space, [decoded]))
+    assert not torch.equal(seen[0], whole)
+
+
 def test_live_answers_equal_those_from_the_cache(
     world: Path, encoder: VisionEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,7 +138,7 @@ class SlowWorker(Worker):
         time.sleep(0.05)
         return super().decode(data)
 
-    def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+    def prepare(self, image: Image.Image | DecodedImage) -> npt.NDArray[np.uint8]:
         time.sleep(0.002)
         return super().prepare(image)
 

@@ -62,6 +62,20 @@ GRADIENT = np.stack(
 ).astype(np.uint8)
 
 
+# EXIF orientation -> what a camera in that position stores; applying the tag undoes it. 0, 9 and 60000 are
+# undefined and ignored.
+STORED = {
+    **dict.fromkeys((0, 1, 9, 60000), lambda x: x),
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)

@@ -37,7 +37,7 @@ from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, open_tower, read_tensors, tower_hash
 from model.language.folder_template import attached, detach
 from model.language.tokenizer import IMAGE_TOKEN, image_token, prepare_tokenizer
-from model.media.images import resize_text
+from model.media.fit import resize_text
 from model.tail import block_tensors, load_tail
 from model.vlm import VLM
 

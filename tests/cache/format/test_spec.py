@@ -50,6 +50,7 @@ CHANGES: dict[str, Any] = {
     "codec": "fp16",
     "format": 2,
     "container": "webdataset",
+    "decode": "reduced",
 }
 
 
@@ -64,6 +65,8 @@ def test_every_field_but_the_display_name_is_hashed() -> None:
 
 def test_the_fingerprint_is_part_of_the_format() -> None:
     """The names of spaces contain it. If this fails, no existing cache is found any more."""
+    older = {k: v for k, v in SPEC.to_json().items() if k not in ("container", "decode", "tail")}
+    assert FeatureSpec.from_json(older) == SPEC
     assert SPEC.fingerprint == "096dfc73ec5fdb7ddbd1a0cd3de1988a8ebbd3ff4b7b6d97121a1f4b4d6955f1"
     assert SPEC.name == "clip-int8-" + SPEC.fingerprint[:8]
 
@@ -95,6 +98,7 @@ def test_row_sizes_are_the_documented_ones() -> None:
         {"codec": "zip"},
         {"container": "rar"},
         {"fit": "stretch"},
+        {"decode": "half"},
         {"patch_size": 15},
         {"pool_image": 5},
         {"pool_image": 0},

@@ -32,6 +32,7 @@ from tests.support.spaces import SPEC, fill, make_space
     codec=st.sampled_from(["fp16", "int8", "int4"]),
     pool=st.sampled_from([1, 2]),
     container=st.sampled_from(["zarr", "webdataset"]),
+    decode=st.sampled_from(["whole", "reduced"]),
 )
 def test_an_encode_command_names_data_set_space_and_cache(
     tmp_path_factory: pytest.TempPathFactory,
@@ -40,13 +41,19 @@ def test_an_encode_command_names_data_set_space_and_cache(
     codec: str,
     pool: int,
     container: str,
+    decode: str,
 ) -> None:
     root = CacheRoot(tmp_path_factory.mktemp("c") / features)
     word = f"my-photos=folder:/{place}"
     origin = Origin(words=("--dataset", word, "--bad-lines", "leave-out", "--limit", "7"))
     write_samples(root, "my-photos", [], origin)
     spec = dataclasses.replace(
-        SPEC, encoder="clip-vit-b32", codec=codec, pool_image=pool, container=container
+        SPEC,
+        encoder="clip-vit-b32",
+        codec=codec,
+        pool_image=pool,
+        container=container,
+        decode=decode,
     )
     load_info = {"encoder": {"name": "clip-vit-b32"}, "weights": f"/{place}/w.safetensors"}
     space = WantedSpace(spec, load_info)
@@ -57,6 +64,7 @@ def test_an_encode_command_names_data_set_space_and_cache(
     assert options.dataset == (word,) and options.features == root.path
     assert (options.bad_lines, options.limit, options.retry_failed) == ("leave-out", 7, True)
     assert (options.encoder, options.codec, options.format) == ("clip-vit-b32", codec, container)
+    assert (options.decode or "whole") == decode
     assert options.weights == load_info["weights"]
     chosen = encoder_config(options.encoder, pool_image=options.pool, pool_frame=options.frame_pool)
     assert (chosen.pool_image, chosen.pool_frame) == (pool, spec.pool_frame)

@@ -47,7 +47,8 @@ from cache.view.media import thumbnail
 from cache.view.sections import render
 from configs import UserError
 from model.media import images as model_images
-from model.media.images import decode_image, fit_image
+from model.media.fit import fit_image
+from model.media.images import decode_image
 from tests.support.html_page import Page, loads_nothing
 from tests.support.photos import heic_file
 from tests.support.spaces import SPEC, features, key, make_space

@@ -35,7 +35,7 @@ from model.io.saved_model import save_final
 from model.language.chat_template import tokenize_messages
 from model.language.model import load_tokenizer
 from model.language.tokenizer import IMAGE_TOKEN, token_id
-from model.media.images import BadMediaError
+from model.media.images import BadMediaError, DecodedImage
 from model.vision.encoder import VisionEncoder
 from model.vlm import build_vlm
 from tests.support import trained_runs
@@ -127,10 +127,10 @@ def test_media_from_the_web_are_left_out_and_counted(
 def test_a_file_that_cannot_be_decoded_any_more_is_an_error(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(data: bytes) -> Image.Image:
+    def refuse(_encoder: VisionEncoder, _data: bytes) -> DecodedImage:
         raise BadMediaError("no decoder")
 
-    monkeypatch.setattr(media, "decode_image", refuse)
+    monkeypatch.setattr(VisionEncoder, "decode", refuse)
     with pytest.raises(UserError, match=r"\(.*png\): cannot be decoded any more: no decoder"):
         trained.compare(samples=2)
 

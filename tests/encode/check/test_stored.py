@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cache.errors import CorruptError, NotFoundError
 from cache.format.codec import CODECS
@@ -56,6 +57,21 @@ def photos(tmp_path: Path, run: Run) -> Path:
     make_video(folder / "video.mp4", frames=30, fps=Fraction(10))
     assert run("--dataset", f"folder:{folder}")[0] == 0
     return folder
+
+
+def test_rows_of_a_reduced_decode_are_checked_by_a_reduced_decode(photos: Path, run: Run) -> None:
+    draw(photos, 1, first=9, side=99)
+    with Image.open(photos / "0009.png") as small:
+        small.resize((397, 531)).save(photos / "large.jpg", quality=95)
+    data = ("--dataset", f"folder:{photos}")
+    assert run(*data, "--decode", "reduced")[0] == 0
+    code, out = run("--check", 50, "--decode", "reduced")
+    assert code == 0 and "equal    13 of 13 rows, to the bit" in out
+    assert run(*data)[0] == 0  # the space of whole images has the new ones too
+    code, out = run("--check", 50)
+    assert code == 0 and "equal    13 of 13 rows, to the bit" in out
+    with pytest.raises(UserError, match=r"none of 2 spaces .* --frame-pool 2 --decode reduced"):
+        run("--check", 50, "--pool", 3)
 
 
 def reader_of(tmp_path: Path) -> FeatureReader:

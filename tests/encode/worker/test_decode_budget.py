@@ -125,8 +125,8 @@ def test_the_threads_of_a_worker_decode_what_fits_together(
             next(running)
             return decode_noted(data)
 
-        def prepare(self, image: Image.Image) -> Pixels:
-            return np.asarray(image)
+        def prepare(self, image: DecodedImage) -> Pixels:
+            return np.asarray(image.image)
 
     names = [tmp_path / f"{number}.png" for number in range(12)]
     for number, name in enumerate(names):

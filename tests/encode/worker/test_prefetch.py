@@ -43,8 +43,8 @@ class FakeWorker:
         self.decoded += 1
         return decode_noted(data)
 
-    def prepare(self, image: Image.Image) -> Pixels:
-        return np.asarray(image)
+    def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
+        return np.asarray(image.image if isinstance(image, DecodedImage) else image)
 
     def our_error(self, error: Exception) -> str:
         return f"ours: {error}"

@@ -255,7 +255,7 @@ def test_an_image_that_crashes_its_worker_is_recorded(photos: Path, tmp_path: Pa
 class Hanging(Worker):
     """Preparing a frame of 31 pixels never ends; one of 25 pixels takes 0.4 s."""
 
-    def prepare(self, image: Image.Image) -> Pixels:
+    def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
         while image.size == (31, 31):
             time.sleep(1.0)
         if image.size == (25, 25):

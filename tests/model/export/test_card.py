@@ -12,7 +12,7 @@ import yaml
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from model.export.card import OVERRIDES, find_card, frames_note, model_card
+from model.export.card import OVERRIDES, decode_note, find_card, frames_note, model_card
 from model.export.compare import Comparison
 from model.export.towers import ExportedTower, export_tower
 from model.vision.encoder import load_encoder
@@ -157,6 +157,19 @@ def test_frames_that_are_pooled_otherwise_are_not_exported() -> None:
         alike = tiny_clip.entry(pool_frame=pool, pool_image=pool)
         spec = load_encoder(alike, device="cpu", random_weights=True).spec("fp16")
         assert "frames as images" in frames_note(spec, seen)
+
+
+def test_a_model_of_reduced_images_says_which_they_were() -> None:
+    for fit, shorter, side in (("pad", None, "longer"), ("crop", 40, "shorter")):
+        entry = tiny_clip.entry(fit=fit, shorter_side=shorter, decode="reduced")
+        eyes = load_encoder(entry, device="cpu", random_weights=True)
+        spec = eyes.spec("fp16")
+        note = decode_note(spec)
+        least = 4 * (shorter or spec.image_size)
+        assert note.startswith(f"in training, a JPEG whose {side} side has {least} pixels or more")
+        assert f"In training, a JPEG whose {side} side" in card_of((export_tower(eyes), spec), {})
+    whole = dataclasses.replace(spec, decode="whole")
+    assert decode_note(whole) == "" and "JPEG" not in card_of((export_tower(eyes), whole), {})
 
 
 def test_a_pooled_model_says_which_runtimes_take_it() -> None:

@@ -1,7 +1,6 @@
 """Images: every supported format decodes to the right pixels, anything else raises BadMediaError.
 
 image = decode_image(data)                                   # upright RGB, or BadMediaError
-square = fit_image(image, 336, "squash", mean=CLIP_MEAN)     # (336, 336, 3) uint8
 """
 
 from __future__ import annotations
@@ -19,23 +18,19 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageFile
-from transformers import (
-    CLIPImageProcessor,
-    CLIPImageProcessorPil,
-    LlavaImageProcessor,
-    LlavaImageProcessorPil,
-)
 
 from model.media import kinds
-from model.media.images import (
-    FORMATS,
-    MAX_PIXELS,
-    BadMediaError,
-    decode_image,
-    fit_image,
-    image_size,
+from model.media.fit import fit_image
+from model.media.images import FORMATS, MAX_PIXELS, BadMediaError, decode_image, image_size
+from tests.support.photos import (
+    GRADIENT,
+    STORED,
+    heic_file,
+    image_files,
+    png_chunk,
+    png_file,
+    saved,
 )
-from tests.support.photos import GRADIENT, heic_file, image_files, png_chunk, png_file, saved
 from tests.support.video_mutations import mutated
 from tests.support.videos import BIKES, psnr
 
@@ -77,20 +72,6 @@ def test_intact_images_of_every_kind_are_decoded(kind: str) -> None:
 )
 def test_lossless_formats_keep_every_pixel(kind: str, options: dict[str, object]) -> None:
     assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), kind, **options)), GRADIENT)
-
-
-# EXIF orientation -> what a camera in that position stores; applying the tag undoes it. 0, 9 and 60000 are
-# undefined and ignored.
-STORED = {
-    **dict.fromkeys((0, 1, 9, 60000), lambda x: x),
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, 1),
-    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-    8: lambda x: np.rot90(x, -1),
-}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -365,65 +346,3 @@ def test_threads_decode_equal_pixels() -> None:
     alone = [outcome(data) for data in jobs]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(outcome, jobs)) == alone
-
-
-# ---- fit ------------------------------------------------------------------------------------------
-
-
-def photographs() -> list[Image.Image]:
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    return [Image.fromarray(getattr(skimage.data, name)()) for name in names]
-
-
-SWITCHES = ("do_center_crop", "do_rescale", "do_normalize")
-PLAIN = {"size": {"height": 336, "width": 336}, **dict.fromkeys(SWITCHES, False)}
-CUT = {**PLAIN, "size": {"shortest_edge": 384}, "crop_size": 336, "do_center_crop": True}
-
-
-@pytest.mark.parametrize(
-    ("fit", "processor", "levels"),
-    [
-        ("squash", CLIPImageProcessorPil(**PLAIN), 0),
-        ("squash", CLIPImageProcessor(**PLAIN), 1),  # torchvision rounds at other steps
-        ("crop", CLIPImageProcessorPil(**CUT), 0),
-        ("crop", CLIPImageProcessor(**CUT), 1),
-        ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 0),
-        ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 1),
-    ],
-    ids=[
-        "squash-pil",
-        "squash-torchvision",
-        "crop-pil",
-        "crop-torchvision",
-        "pad-pil",
-        "pad-torchvision",
-    ],
-)
-def test_fits_agree_with_hugging_face(fit: str, processor: object, levels: int) -> None:
-    for image in photographs():
-        theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
-        ours = fit_image(image, 336, fit, CLIP_MEAN, 384).transpose(2, 0, 1)
-        difference = np.abs(theirs.astype(int) - ours)
-        assert (difference > levels).mean() <= 1e-5 and difference.mean() <= 0.015
-
-
-def test_pad_fills_with_the_mean_colour_and_crop_takes_the_centre() -> None:
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 255
-    padded = fit_image(Image.fromarray(wide), 60, "pad", (0.5, 0.25, 1.0))
-    assert (padded[:20] == (127, 63, 255)).all() and (padded[40:] == (127, 63, 255)).all()
-    assert np.array_equal(padded[22:38], wide[2:18])
-    cropped = fit_image(Image.fromarray(wide), 20, "crop", CLIP_MEAN)
-    assert (cropped[:, 2:18] == 255).all()
-    with pytest.raises(ValueError, match="fit 'stretch'"):
-        fit_image(Image.fromarray(wide), 20, "stretch", CLIP_MEAN)
-
-
-@pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
-@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)])
-def test_extreme_strips_do_not_take_extreme_memory(fit: str, size: tuple[int, int]) -> None:
-    strip = Image.new("RGB", size, (255, 0, 0))
-    # A full padded square would be 40 billion pixels.
-    square = fit_image(strip, 336, fit, CLIP_MEAN)
-    assert square.shape == (336, 336, 3)
-    assert (square[168, 168, 0] > square[168, 168, 1]).all()

@@ -27,7 +27,8 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from PIL import Image
-from model.media.images import decode_image, fit_image
+from model.media.fit import fit_image
+from model.media.images import decode_image
 Image.init()
 def read(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10

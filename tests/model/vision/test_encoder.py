@@ -263,6 +263,7 @@ def test_each_relevant_change_changes_the_fingerprint() -> None:
         {"fit": "pad"},
         {"fit": "crop"},
         {"fit": "crop", "shorter_side": 40},
+        {"decode": "reduced"},
         {"codec": "int8"},
         {"pool_image": 2},
         {"pool_frame": 4},

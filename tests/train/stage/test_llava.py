@@ -35,7 +35,8 @@ from configs import UserError
 from model.io.saved_model import load_final
 from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, tower_hash
-from model.media.images import decode_image, resize_text
+from model.media.fit import resize_text
+from model.media.images import decode_image
 from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder
 from model.vision.tail_blocks import make_tail
