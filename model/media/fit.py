@@ -71,10 +71,10 @@ class InputFit:
 
     def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
         """Return the input of an image, (S, S, 3) uint8."""
-        reduced = None
-        if isinstance(image, DecodedImage):
-            image, reduced = image.image, image.reduced
-        return fit_image(image, self.size, self.fit, self.mean, self.shorter_side, reduced)
+        decoded = image if isinstance(image, DecodedImage) else DecodedImage(image)
+        return fit_image(
+            decoded.image, self.size, self.fit, self.mean, self.shorter_side, decoded.reduced
+        )
 
     def scale(self, width: int, height: int) -> int:
         """Return by how much the sides of a JPEG are divided while it is decoded: 1, 2, 4 or 8.
