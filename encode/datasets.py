@@ -24,6 +24,7 @@ from cache.store.samples import (
     Origin,
     Sample,
     dataset_names,
+    read_media_refs,
     read_origin,
     read_samples,
     write_samples,
@@ -32,7 +33,7 @@ from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, table_text
 from configs.progress import Meter, counted, number_text
-from encode.plan.plan import MediaCounter
+from encode.plan.media import MediaCounter, Part
 from encode.records.account import Account
 from encode.sources.catalogue import (
     FROM_SOURCE,
@@ -126,6 +127,24 @@ def read_datasets(
         if not quiet:
             print(account.text(), flush=True)
     return counter
+
+
+def parts(root: CacheRoot, names: Sequence[str], first: MediaCounter) -> Iterator[MediaCounter]:
+    """Yield the parts of the media of data sets, each when the job is done with the one before.
+
+    Args:
+        root: the cache.
+        names: of the data sets, whose samples are there if there are several parts.
+        first: the first part.
+    """
+    yield first
+    for number in range(1, first.part.parts):
+        counter = MediaCounter(Part(number, first.part.bits))
+        counter.samples = first.samples
+        for name in names:
+            for ref in read_media_refs(root, name):
+                counter.add(ref)
+        yield counter
 
 
 def _origin(words: tuple[str, ...], account: Account) -> Origin:

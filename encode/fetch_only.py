@@ -11,17 +11,24 @@ from __future__ import annotations
 import queue
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
-from cache.store.ledger import MediaRecord, read_media
+import numpy as np
+import pyarrow as pa
+
+from cache.format.frame_sampling import MAX_FRAMES
+from cache.store.ledger import MediaRecord, MediaRows, records_of
 from cache.store.paths import CacheRoot
+from cache.store.space import Present
 from configs.signals import Interrupts
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
 from encode.driver.progress import Counts, JobProgress, OnProgress
 from encode.driver.tracker import Ledger
-from encode.plan.plan import Mention, spread
+from encode.plan.known import Known
+from encode.plan.media import Media
+from encode.plan.tasks import Hosts, Tasks, spread
 from encode.worker.config import WorkerConfig
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import MediaItem
@@ -33,7 +40,7 @@ POLL_S = 0.5
 
 def fetch_only(
     root: CacheRoot,
-    media: dict[str, Mention],
+    media: Media,
     config: WorkerConfig,
     *,
     retry_failed: bool,
@@ -44,7 +51,7 @@ def fetch_only(
 
     Args:
         root: the cache, whose ledger records the results.
-        media: source -> what samples say about it; files are ignored.
+        media: what samples mention; files are ignored.
         config: the limits of downloads, and the folder of kept media, which must be set.
         retry_failed: download again what failed before.
         again: the command line that goes on after an interruption.
@@ -55,8 +62,9 @@ def fetch_only(
     """
     folder = config.media_store
     assert folder is not None, "Options refuses --fetch-only without --keep-media"
-    known = read_media(root)
-    tasks, kept, known_failures = plan_downloads(known, media, MediaStore(folder), retry_failed)
+    tasks, kept, known_failures, known = plan_downloads(
+        MediaRows(root), media, MediaStore(folder), retry_failed
+    )
     print(
         f"media    {len(tasks)} to download into {folder}, {kept} there, {known_failures} failed before"
     )
@@ -93,34 +101,44 @@ def fetch_only(
 
 
 def plan_downloads(
-    ledger: dict[str, MediaRecord],
-    media: dict[str, Mention],
-    store: MediaStore,
-    retry_failed: bool,
-) -> tuple[tuple[SourceTask, ...], int, int]:
-    """Return the downloads to do, the number of kept media and the number of earlier failures."""
-    tasks: list[SourceTask] = []
-    kept = known_failures = 0
-    for source, mention in media.items():
-        if not is_url(source):
-            continue
-        record = ledger.get(source) or MediaRecord(source=source)
-        failed_before = record.status == "failed"
-        if failed_before and not retry_failed:
-            known_failures += 1
-        elif not failed_before and record.key is not None and store.has(record.key):
-            kept += 1
-        else:
-            tasks.append(
-                SourceTask(
-                    source=source,
-                    kind=mention.kind,
-                    attempts=record.attempts if failed_before else 0,
-                    sha256=mention.sha256,
-                    key=record.key or mention.sha256,
-                )
-            )
-    return spread(tasks), kept, known_failures
+    ledger: Iterable[pa.Table], media: Media, store: MediaStore, retry_failed: bool
+) -> tuple[Sequence[SourceTask], int, int, Mapping[str, MediaRecord]]:
+    """Sort the URLs of a job.
+
+    Args:
+        ledger: rows of the media table, later ones behind.
+        media: what samples mention.
+        store: the kept media.
+        retry_failed: download again what failed before.
+
+    Returns:
+        the downloads to do, the number of kept media, the number of earlier failures, and the records of
+        those to do that were decoded before.
+    """
+    known = Known(media, Present(), space="", max_frames=MAX_FRAMES)
+    for table in ledger:
+        known.read(table)
+    hosts = Hosts()
+    numbers = [hosts.number(source) if is_url(source) else -1 for source in media]
+    host_of = np.array(numbers, np.int32)
+    failed = known.failed
+    keyed = known.keyed & ~failed & ~known.differs
+    kept = np.zeros(len(media), bool)
+    for at in np.flatnonzero((host_of >= 0) & keyed).tolist():
+        keys = media.keys if media.stated[at] else known.keys
+        kept[at] = store.has(keys(np.array([at]))[0].tobytes().hex())
+    known_failures = (host_of >= 0) & failed & (not retry_failed)
+    todo = np.flatnonzero((host_of >= 0) & ~kept & ~known_failures)
+    todo = todo[spread(host_of[todo])]
+    ours = np.ones(len(todo), bool)
+    tasks = Tasks(media, known, todo, unchanged=ours, web=ours)
+    again = np.zeros(len(media) + 1, bool)  # the last one: sources that are not mentioned
+    again[todo] = keyed[todo]
+    records: dict[str, MediaRecord] = {}
+    for table in ledger if again.any() else ():
+        mine = again[media.numbers.find(table["source"].to_pylist())]
+        records |= {record.source: record for record in records_of(table.filter(pa.array(mine)))}
+    return tasks, int(kept.sum()), int(known_failures.sum()), records
 
 
 def _download(

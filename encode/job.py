@@ -5,28 +5,31 @@ plan = job.plan()                                          # compares ledger and
 job.show(plan)                                             # prints what it costs
 job.open_space(plan)
 job.run(layout, lock.token, interrupts, timeout_s=120.0)
-exit_code = job.close(plan, seconds, interrupts)           # prints what became of it
+exit_code = job.close(seconds, interrupts)                 # prints what became of it
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import secrets
 import sys
-from collections import Counter
+import time
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from cache.format.space_info import SHARD_BYTES, new_info
 from cache.format.spec import ARRAYS
 from cache.store.index_file import save_index
-from cache.store.ledger import read_media
+from cache.store.ledger import MediaRows
 from cache.store.paths import CacheRoot
 from cache.store.space import Present, Space, fitting_info
 from configs import UserError
+from configs.command_line import CommandLine
 from configs.console import SPARE_BYTES, free_bytes
 from configs.signals import Interrupts
 from encode.download.config import DownloadConfig
@@ -39,16 +42,34 @@ from encode.driver.progress import (
     note_line,
     stage_line,
 )
-from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
+from encode.driver.resources import (
+    MEASURE_BATCHES,
+    WorkerLayout,
+    measure_speed,
+    starts_ray,
+)
+from encode.driver.totals import Totals
 from encode.driver.tracker import Ledger, Tracker
-from encode.plan.estimate import check_fits, describe, table
-from encode.plan.plan import MediaCounter, Plan, make_plan
+from encode.plan.estimate import RAY_START_S, Estimate, describe, estimate, expected_rows
+from encode.plan.fits import check_fits, table
+from encode.plan.media import MediaCounter
+from encode.plan.plan import Plan, make_plan
+from encode.plan.probe import PROBED, Probe, probe
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log
 from encode.worker.messages import Registrar, Timings
 from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
+
+COMMAND = CommandLine("python -m encode.run", ())
+"""The command that is suggested, if the user's is not known."""
+
+FEW_VIDEOS = 20
+"""Videos of unknown length that are not probed: the job then needs the disk for most frames of each."""
+
+URLS_A_PROBE = 10
+"""URLs of a job for each that is downloaded before, to measure: a small job downloads none twice."""
 
 
 def share(config: DownloadConfig, workers: int) -> DownloadConfig:
@@ -101,24 +122,29 @@ class Job:
             )
             self.spec = replace(self.spec, tail=tail)
         self.device_type = self._encoder.device.type
+        self._load_info = self._encoder.load_info()
         self.paths = root.space(self.spec.name)
         self._present = Present()
         self._timings: Timings | None = None
+        self._totals = Totals()
+        self._found = Probe()
+        self._work_s = 0.0
 
     def plan(self, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
         """Return what is to do. Hold the driver's lock if the job will run, so that nothing changes."""
         max_frames = self._config.max_frames
         if (space := self._existing_space()) is not None:
             self._present = Present.of(space, max_frames=max_frames)
-        return make_plan(
+        self._plan = make_plan(
             self._counter.media,
-            read_media(self._root),
+            MediaRows(self._root),
             self._present,
             space=self.spec.name,
             max_frames=max_frames,
             rehash=rehash,
             retry_failed=retry_failed,
         )
+        return self._plan
 
     def _existing_space(self) -> Space | None:
         """Return the space, even if its space.json is lost; None if it does not exist yet."""
@@ -126,38 +152,99 @@ class Job:
             return Space.open(self.paths)
         if not self.paths.has_commits:
             return None
-        info = new_info(self.spec, self._encoder.load_info(), SHARD_BYTES)
+        info = new_info(self.spec, self._load_info, SHARD_BYTES)
         return Space(self.paths, fitting_info(self.paths, info))
 
-    def show(self, plan: Plan, *, always_measure: bool = False) -> float:
-        """Print the plan; return the estimated seconds, 0 if the job is too small to be measured.
+    def show(
+        self,
+        plan: Plan,
+        *,
+        always_measure: bool = False,
+        command: CommandLine = COMMAND,
+        workers: int | Literal["auto"] = 0,
+        datasets: int = 1,
+        spent_s: float = 0.0,
+    ) -> float:
+        """Print the plan; return the estimated seconds of work, 0 if the job is too small to be measured.
+
+        Args:
+            plan: what is to do.
+            always_measure: whether a small job is measured, too.
+            command: the user's, to print another one if the disk cannot hold the features.
+            workers: option --workers.
+            datasets: number of data sets.
+            spent_s: seconds since the command started.
 
         Raises:
             UserError: the disk cannot hold it. A table of what would fit is printed before.
         """
-        speed = None
-        if plan.todo and (always_measure or plan.rows > MEASURE_BATCHES * self.spec.batch_size):
-            speed = measure_speed(self._encoder, self.spec, self._encoder.device)
+        part = self._counter.part
+        if part.number:
+            print(f"part     {part.number + 1} of {part.parts}: {len(plan.todo)} to do", flush=True)
+            return self._work_s
+        start = time.monotonic()
+        costs = self._estimate(plan, always_measure)
+        if costs is not None:
+            self._work_s = part.parts * costs.work_s
+            ray_s = starts_ray(workers, self._work_s) * RAY_START_S
+            costs = replace(costs, start_s=spent_s + time.monotonic() - start + ray_s)
         free = free_bytes(self._root.path)
-        print(describe(plan, self.spec, samples=self._counter.samples, free=free, speed=speed))
+        samples, max_frames = self._counter.samples, self._config.max_frames
+        spec, parts = self.spec, part.parts
+        print(describe(plan, spec, samples=samples, free=free, costs=costs, parts=parts))
         try:
-            check_fits(plan, self.spec, free)
+            check_fits(
+                plan,
+                spec,
+                free,
+                command=command,
+                samples=samples,
+                max_frames=max_frames,
+                datasets=datasets,
+                found=self._found,
+                parts=parts,
+            )
         except UserError:
             if free > SPARE_BYTES:  # else nothing fits
-                print(table(plan, self.spec, free), flush=True)
+                rows = expected_rows(plan, self._found, max_frames)
+                rows = {array: parts * number for array, number in rows.items()}
+                print(table(rows, spec, free), flush=True)
             raise
         sys.stdout.flush()
-        return speed.seconds(plan.rows) if speed else 0.0
+        return self._work_s
+
+    def _estimate(self, plan: Plan, always_measure: bool) -> Estimate | None:
+        """Measure what the job will cost; None if it is too small for that."""
+        small = plan.rows <= MEASURE_BATCHES * self.spec.batch_size
+        if not plan.todo or (small and not always_measure):
+            return None
+        speed = measure_speed(self._encoder, self.spec, self._encoder.device)
+        if always_measure or len(plan.todo) > PROBED or plan.untimed > FEW_VIDEOS:
+            self._found = probe(
+                plan,
+                self.spec,
+                max_frames=self._config.max_frames,
+                download=self._config.download,
+                media_store=self._config.media_store,
+                urls=PROBED if always_measure else plan.downloads // URLS_A_PROBE,
+            )
+        return estimate(
+            plan,
+            self.spec,
+            speed,
+            self._found,
+            max_frames=self._config.max_frames,
+            download=self._config.download,
+        )
 
     def open_space(self, plan: Plan) -> None:
         """Create the space if it is new, complete what a crash left, and record the missing files."""
-        load = self._encoder.load_info()
-        self._space = Space.create(self._root, self.spec, load, tail=self._tail)
+        self._space = Space.create(self._root, self.spec, self._load_info, tail=self._tail)
         self._grow()
         for entry in clear_decode_log(self.paths):
             log.warning("an earlier job ended while it decoded %s", entry.source)
         self._ledger = Ledger(self._root, secrets.token_hex(4))
-        for record in (*plan.missing, *plan.recognised):
+        for record in itertools.chain(plan.missing, plan.recognised):
             self._ledger.add(record)
         self._ledger.flush()
         self._tracker = Tracker(plan.todo, present=self._present.images, on_record=self._ledger.add)
@@ -238,13 +325,20 @@ class Job:
         for array in ARRAYS:
             self._space.grow(array)
 
-    def close(
-        self, plan: Plan, seconds: float, interrupts: Interrupts, *, again: str = "encode.run"
-    ) -> int:
+    def take(self, counter: MediaCounter) -> None:
+        """Go on with another part of the media; what became of the one before is counted."""
+        if counter is not self._counter:
+            self._end_part()
+            self._counter = counter
+
+    def _end_part(self) -> None:
+        self._totals.add(self._plan, self._tracker, self._timings)
+        self._timings = None
+
+    def close(self, seconds: float, interrupts: Interrupts, *, again: str = "encode.run") -> int:
         """Save the index, print the result; return the exit code.
 
         Args:
-            plan: what was to do.
             seconds: since the command started.
             interrupts: whether the job was told to stop.
             again: the command line that goes on after an interruption.
@@ -255,25 +349,28 @@ class Job:
             log.warning(
                 "the index could not be saved, so opening the space takes longer: %s", error
             )
-        tracker = self._tracker
+        self._end_part()
+        done = self._totals
         if interrupts.stopping():
-            left = tracker.total - tracker.settled
-            print(f"interrupted: {tracker.encoded} encoded and kept, {left} left; go on: {again}")
+            parts = self._counter.part.parts
+            of_part = f" of part {self._counter.part.number + 1} of {parts}" if parts > 1 else ""
+            print(
+                f"interrupted: {done.encoded} encoded and kept, {done.left} left{of_part}; go on: {again}"
+            )
             return interrupts.exit_code
-        failures = tracker.failures + Counter(fetch=len(plan.missing))
-        if self._timings is not None:
-            print(stage_line(self._timings))
-        if failures:
-            print(failure_line(failures, str(self._root.path)))
-        if notes := tracker.notes + Counter(plan.notes):
-            print(note_line(notes, str(self._root.path)))
+        if done.timings is not None:
+            print(stage_line(done.timings))
+        if done.failures:
+            print(failure_line(done.failures, str(self._root.path)))
+        if done.notes:
+            print(note_line(done.notes, str(self._root.path)))
         print(
             closing_line(
-                encoded=tracker.encoded,
-                reused=plan.reused + tracker.reused,
-                failed=plan.known_failures + len(plan.missing) + tracker.failed,
+                encoded=done.encoded,
+                reused=done.reused,
+                failed=done.failed,
                 seconds=seconds,
-                timings=self._timings,
+                timings=done.timings,
             )
         )
         return 0

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ from cache.store.files import disk_full
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from configs.command_line import CommandLine
-from encode.datasets import Reading, listing, read_datasets
+from encode.datasets import Reading, listing, parts, read_datasets
 from encode.download.config import DownloadConfig
 from encode.driver.progress import OnProgress
 from encode.fetch_only import fetch_only
@@ -223,15 +224,20 @@ def encode(
     counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
     if not options.plan:
         remember(root, [folder for dataset in datasets for folder in dataset.folders])
+    names = [dataset.name for dataset in datasets]
     if options.fetch_only:
-        return fetch_only(
-            root,
-            counter.media,
-            config,
-            retry_failed=options.retry_failed,
-            again=command.text(),
-            on_progress=on_progress,
-        )
+        for part in parts(root, names, counter):
+            code = fetch_only(
+                root,
+                part.media,
+                config,
+                retry_failed=options.retry_failed,
+                again=command.text(),
+                on_progress=on_progress,
+            )
+            if code:
+                return code
+        return 0
 
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from configs.signals import Interrupts
@@ -240,34 +246,39 @@ def encode(
 
     job = Job(root, counter, codec=options.codec, container=options.format, config=config)
     repeat = {"rehash": options.rehash, "retry_failed": options.retry_failed}
+    show = partial(job.show, command=command, workers=options.workers, datasets=len(datasets))
     if options.plan:
-        job.show(job.plan(**repeat), always_measure=True)
+        show(job.plan(**repeat), always_measure=True, spent_s=time.monotonic() - start)
         return 0
     interrupts = Interrupts(STOPPING)
     with DriverLock(job.paths, holder_text("encode.run")) as lock:
-        plan = job.plan(**repeat)
-        seconds = job.show(plan)
-        job.open_space(plan)
-        if plan.todo:
-            layout = choose_layout(
-                options.workers,
-                options.threads,
-                device=options.device,
-                device_type=job.device_type,
-                seconds=seconds,
-            )
-            with interrupts:
-                job.run(
-                    layout,
-                    lock.token,
-                    interrupts,
-                    timeout_s=options.timeout_s,
-                    on_progress=on_progress,
+        for part in parts(root, names, counter):
+            job.take(part)
+            plan = job.plan(**repeat)
+            seconds = show(plan, spent_s=time.monotonic() - start)
+            job.open_space(plan)
+            if plan.todo:
+                layout = choose_layout(
+                    options.workers,
+                    options.threads,
+                    device=options.device,
+                    device_type=job.device_type,
+                    seconds=seconds,
                 )
+                with interrupts:
+                    job.run(
+                        layout,
+                        lock.token,
+                        interrupts,
+                        timeout_s=options.timeout_s,
+                        on_progress=on_progress,
+                    )
+            if interrupts.stopping():
+                break
         # Points in pixels can be written as text only now that the sizes of the images are known.
         sized = [dataset for dataset in datasets if dataset.needs_sizes]
         read_datasets(root, sized, choices, reading, quiet=True)
-        return job.close(plan, time.monotonic() - start, interrupts, again=command.text())
+        return job.close(time.monotonic() - start, interrupts, again=command.text())
 
 
 def how_to_read(options: Options, command: CommandLine) -> Reading:

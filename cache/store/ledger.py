@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -109,8 +109,13 @@ def append_media(root: CacheRoot, records: Sequence[MediaRecord], job: str) -> N
         job: letters, digits and '-', different for each writer: two may write in the same nanosecond.
     """
     if records:
-        columns = {n: [getattr(record, n) for record in records] for n in _MEDIA_SCHEMA.names}
-        append_media_table(root, pa.table(columns, _MEDIA_SCHEMA), job)
+        append_media_table(root, records_table(records), job)
+
+
+def records_table(records: Sequence[MediaRecord]) -> pa.Table:
+    """Return records as rows of a media table."""
+    columns = {n: [getattr(record, n) for record in records] for n in _MEDIA_SCHEMA.names}
+    return pa.table(columns, _MEDIA_SCHEMA)
 
 
 def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
@@ -120,9 +125,34 @@ def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
     path = root.media_dir / f"part-{max(time.time_ns(), newest + 1):020d}-{job}.parquet"
     with new_file(path, root=root.path) as file:
         with pq.ParquetWriter(file, _MEDIA_SCHEMA, write_statistics=False) as writer:
-            writer.write_table(table)
+            writer.write_table(table, row_group_size=PART_GROUP)
             writer.add_key_value_metadata({"seal": UNSEALED})
         seal_file(file)
+
+
+PART_GROUP = 1 << 18
+"""Rows of a row group in a part, at most: 80 MB in memory."""
+
+
+class MediaRows:
+    """All rows of the media table in the order in which they were written, also those that no longer count.
+
+    Memory holds one row group at a time, 80 MB at most, where `media_table` holds the whole table.
+
+        for table in MediaRows(root): ...      # of rows with the same source, the last one counts
+    """
+
+    def __init__(self, root: CacheRoot):
+        self._root = root
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """Yield the rows of each row group.
+
+        Raises:
+            CorruptError: a part is damaged.
+        """
+        for path in _media_parts(self._root):
+            yield from _row_groups(path, self._root)
 
 
 def media_table(root: CacheRoot, *, stamped: bool = False) -> pa.Table:
@@ -175,15 +205,18 @@ def _keep_known(latest: pa.Table, table: pa.Table) -> pa.Table:
 
 def read_media(root: CacheRoot) -> dict[str, MediaRecord]:
     """Return source -> its latest record. One Python object for each source: use `media_table` for many."""
-    records = {}
-    for batch in media_table(root).to_batches(max_chunksize=ROW_GROUP):
+    return {record.source: record for record in records_of(media_table(root))}
+
+
+def records_of(table: pa.Table) -> Iterator[MediaRecord]:
+    """Yield the rows of a media table as records."""
+    for batch in table.to_batches(max_chunksize=ROW_GROUP):
         columns = (column.to_pylist() for column in batch.columns)
         for values in zip(*columns, strict=True):
             record = dict(zip(_MEDIA_SCHEMA.names, values, strict=True))
             # All records share one string of each kind, status and stage.
             record |= {n: sys.intern(record[n]) for n in ("kind", "status", "stage") if record[n]}
-            records[record["source"]] = MediaRecord(**record)
-    return records
+            yield MediaRecord(**record)
 
 
 def media_sizes(root: CacheRoot) -> dict[str, tuple[int, int]]:
@@ -205,28 +238,39 @@ def check_part(path: Path, root: CacheRoot) -> None:
 
 
 def _read_part(path: Path, root: CacheRoot) -> pa.Table:
+    return pa.concat_tables([_MEDIA_SCHEMA.empty_table(), *_row_groups(path, root)])
+
+
+def _row_groups(path: Path, root: CacheRoot) -> Iterator[pa.Table]:
+    """Yield the checked rows of each row group of a part."""
     data = map_sealed(path, root.path)
     with open_parquet(data, path, _MEDIA_SCHEMA, table_limits(data)) as file:
-        table = file.read()
-        table.validate(full=True)  # UTF-8 among others
-        for name in _NEVER_NULL:
-            if table[name].null_count:
-                raise ValueError(f"a record without {name}")
-        for name in _COUNTS:
-            if not all_true(pc.greater_equal(table[name], 0)):
-                raise ValueError(f"a record with {name} below 0")
-        length = table["duration_s"]
-        if not all_true(pc.and_(pc.greater_equal(length, 0), pc.less(length, MAX_DURATION_S))):
-            raise ValueError("a record with no valid duration_s")
-        if not all_hex(table["key"]):
-            raise ValueError("a key is no 64 hex digits")
-        failed = pc.equal(table["status"], "failed")
-        why = pc.and_(pc.is_in(table["stage"], pa.array(STAGES)), pc.is_valid(table["error"]))
-        if not all_true(pc.or_(failed, pc.equal(table["status"], "ok"))) or not all_true(
-            pc.equal(failed, why)
-        ):
-            raise ValueError("a record neither is ok nor says why it failed")
-        return table.replace_schema_metadata()
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            _check_rows(table)
+            yield table.replace_schema_metadata()
+
+
+def _check_rows(table: pa.Table) -> None:
+    """Raise ValueError or an error of Arrow for rows that this program does not write."""
+    table.validate(full=True)  # UTF-8 among others
+    for name in _NEVER_NULL:
+        if table[name].null_count:
+            raise ValueError(f"a record without {name}")
+    for name in _COUNTS:
+        if not all_true(pc.greater_equal(table[name], 0)):
+            raise ValueError(f"a record with {name} below 0")
+    length = table["duration_s"]
+    if not all_true(pc.and_(pc.greater_equal(length, 0), pc.less(length, MAX_DURATION_S))):
+        raise ValueError("a record with no valid duration_s")
+    if not all_hex(table["key"]):
+        raise ValueError("a key is no 64 hex digits")
+    failed = pc.equal(table["status"], "failed")
+    why = pc.and_(pc.is_in(table["stage"], pa.array(STAGES)), pc.is_valid(table["error"]))
+    if not all_true(pc.or_(failed, pc.equal(table["status"], "ok"))) or not all_true(
+        pc.equal(failed, why)
+    ):
+        raise ValueError("a record neither is ok nor says why it failed")
 
 
 _NEVER_NULL = ("source", "kind", "bytes", "width", "height", "status", "attempts")

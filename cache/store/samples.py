@@ -254,6 +254,15 @@ def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
             yield from _samples(table)
 
 
+def read_media_refs(root: CacheRoot, dataset: str) -> Iterator[MediaRef]:
+    """Yield what the samples of a data set mention, in order, with one row group in memory at a time."""
+    with _open_samples(root, dataset) as file:
+        for group in range(file.num_row_groups):
+            table = _checked(file, file.read_row_group(group, columns=["media"]))
+            for refs in table["media"].to_pylist():
+                yield from (MediaRef(**ref) for ref in refs)
+
+
 def samples_at(root: CacheRoot, dataset: str, numbers: npt.NDArray[np.int64]) -> Iterator[Sample]:
     """Yield the samples with these numbers, (n,) ascending. Only row groups that have one are read.
 

@@ -16,6 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from cache.errors import CacheError, CorruptError, NotFoundError, command_line, nearest
 from cache.format.checksums import read_sealed_json
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
@@ -340,7 +343,7 @@ class ImageKeys(Collection[str]):
     """The keys of the images in an index. It holds no string for any of them."""
 
     def __init__(self, index: RowIndex):
-        self._identities = Identities(index)
+        self._index, self._identities = index, Identities(index)
 
     def __contains__(self, key: object) -> bool:
         return (key, FULL) in self._identities
@@ -350,6 +353,10 @@ class ImageKeys(Collection[str]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def have(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Return which keys (k, 32) are here, as (k,)."""
+        return np.asarray(self._index.lookup(keys, FULL) >= 0)
 
 
 class Present:
@@ -382,6 +389,11 @@ class Present:
             max_frames=max_frames,
         )
 
+    @property
+    def has_frames(self) -> bool:
+        """Whether there are rows of videos."""
+        return self._frames is not None
+
     def has(self, kind: str, key: str | None, duration_s: float | None) -> bool:
         """Return whether every view of a media item is here: never for a video of unknown duration."""
         if key is None:
@@ -391,6 +403,25 @@ class Present:
         return duration_s is not None and not self.missing(
             key, frame_views(duration_s, self._max_frames)
         )
+
+    def have_images(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Return which images have their row: keys (k, 32) -> (k,)."""
+        if isinstance(self.images, ImageKeys):
+            return self.images.have(keys)
+        return np.array([key.tobytes().hex() in self.images for key in keys], bool)
+
+    def count_missing(
+        self, keys: npt.NDArray[np.uint8], durations: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64]:
+        """Return how many views of each video are not here: keys (k, 32), seconds (k,) -> (k,)."""
+        views = [frame_views(duration, self._max_frames) for duration in durations.tolist()]
+        missing = np.array([len(of_video) for of_video in views], np.int64)
+        if self._frames is None or not len(keys):
+            return missing
+        names = [view for of_video in views for view in of_video]
+        video = np.repeat(np.arange(len(keys)), missing)
+        found = self._frames.lookup_pairs(keys[video], names) >= 0
+        return missing - np.bincount(video[found], minlength=len(keys))
 
     def missing(self, key: str, views: Sequence[str]) -> list[str]:
         """Return the views of a video that are not here, in the order given."""

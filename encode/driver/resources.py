@@ -12,7 +12,7 @@ import torch
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from encode.plan.estimate import DECODE_S, Speed
+from encode.plan.estimate import Speed
 from model.vision.encoder import VisionEncoder
 
 INLINE_S = 120.0
@@ -77,7 +77,7 @@ def choose_layout(
     available = gpus(device)
     if isinstance(workers, int):
         count = workers
-    elif seconds < INLINE_S:
+    elif not starts_ray(workers, seconds):
         count = 0
     elif device_type == "cpu":
         count = max(1, cores() // CORES_PER_WORKER)
@@ -97,6 +97,11 @@ def choose_layout(
     )
 
 
+def starts_ray(workers: int | Literal["auto"], seconds: float) -> bool:
+    """Return whether a job of about `seconds` runs in processes of its own, by option --workers."""
+    return seconds >= INLINE_S if workers == "auto" else workers > 0
+
+
 def measure_speed(encoder: VisionEncoder, spec: FeatureSpec, device: torch.device) -> Speed:
     """Measure one batch of blank images: the second one, unless the first one takes over a second.
 
@@ -105,9 +110,9 @@ def measure_speed(encoder: VisionEncoder, spec: FeatureSpec, device: torch.devic
     """
     side = spec.image_size
     blank = np.zeros((spec.batch_size, side, side, 3), np.uint8)
-    seconds = 0.0
+    seconds = cpu_s = 0.0
     for _ in range(2):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         try:
             encoder.encode(blank).cpu()
         except RuntimeError as error:  # torch raises it for every error, out of memory included
@@ -116,15 +121,11 @@ def measure_speed(encoder: VisionEncoder, spec: FeatureSpec, device: torch.devic
                 f"a batch of {spec.batch_size} cannot be encoded on {device}: {type(error).__name__}: "
                 f"{text}; another device: --device, a smaller batch: batch_size in configs/encoders.yaml"
             ) from error
-        seconds = time.perf_counter() - start
+        seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
         if seconds > 1.0:
             break
     return Speed(
         encode_s=seconds / spec.batch_size / max(1, gpus(str(device))),
+        encode_cpu_s=cpu_s / spec.batch_size,
         cores=cores(),
-        shared=device.type == "cpu",
-        how=(
-            f"measured: {seconds / spec.batch_size:.3g} s an image to encode; "
-            f"assumed: {DECODE_S * 1000:.0f} ms of one core to read and decode it"
-        ),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from cache.store.ledger import MediaRecord, append_media, note_subjects
 from cache.store.paths import CacheRoot
 from encode.errors import TooManyFailuresError
+from encode.plan.numbering import TextSet
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
@@ -70,7 +71,7 @@ class Tracker:
 
     def __init__(
         self,
-        tasks: Iterable[SourceTask],
+        tasks: Sequence[SourceTask],
         *,
         present: Collection[str],
         on_record: Callable[[MediaRecord], None],
@@ -79,12 +80,14 @@ class Tracker:
         """Account for `tasks`.
 
         Args:
-            tasks: the sources to encode, each once.
+            tasks: the sources to encode, each once. A task is taken when it is assigned, so that a sequence
+                that makes them then needs no memory for the others.
             present: keys of the images that were in the space before the job.
             on_record: called once for each source, with its final record.
             budget: when to stop the job.
         """
-        self._waiting = deque(tasks)
+        self._tasks, self._next = tasks, 0
+        self._again: deque[SourceTask] = deque()  # they wait again, and come first
         self._present = present
         self._on_record = on_record
         self._budget = budget or FailureBudget()
@@ -93,10 +96,10 @@ class Tracker:
         self._duplicates: dict[str, list[Outcome]] = {}
         self._failures: dict[str, Failure] = {}
         self._notes: dict[str, str] = {}  # by media id: equal bytes have the same note
-        self._committed: set[str] = set()
-        self._found: set[str] = set()  # videos whose rows turned out to be in the space
+        self._committed = TextSet()
+        self._found = TextSet()  # videos whose rows turned out to be in the space
         self._last_own_failure: MediaRecord | None = None
-        self.total = len(self._waiting)
+        self.total = len(tasks)
         """Sources of the job."""
         self.settled = 0
         """Sources with a final record."""
@@ -130,13 +133,16 @@ class Tracker:
 
     def assign_next(self, worker: int, count: int) -> list[SourceTask]:
         """Assign up to `count` waiting sources to a worker, and return them."""
-        if not self._waiting and not any(self._assigned.values()):
+        waiting = len(self._again) + len(self._tasks) - self._next
+        if not waiting and not any(self._assigned.values()):
             # The file they are duplicates of changed before it was decoded, so nobody encodes their bytes.
-            self._waiting.extend(o.task for repeats in self._duplicates.values() for o in repeats)
+            self._again.extend(o.task for repeats in self._duplicates.values() for o in repeats)
             self._duplicates.clear()
-        tasks = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-        self.assign(worker, tasks)
-        return tasks
+        tasks = [self._again.popleft() for _ in range(min(count, len(self._again)))]
+        more = list(self._tasks[self._next : self._next + count - len(tasks)])
+        self._next += len(more)
+        self.assign(worker, tasks + more)
+        return tasks + more
 
     def assign(self, worker: int, tasks: Iterable[SourceTask]) -> None:
         """Assign sources that `withdraw` took from another worker."""
@@ -189,10 +195,10 @@ class Tracker:
         """
         self._committed.update(committed)
         unsettled = reversed(self._assigned.pop(worker, {}).values())
-        self._waiting.extendleft(replace(task, reassigned=True) for task in unsettled)
+        self._again.extendleft(replace(task, reassigned=True) for task in unsettled)
         for name in released:
             repeats = self._duplicates.pop(name, ())
-            self._waiting.extend(replace(outcome.task, reassigned=True) for outcome in repeats)
+            self._again.extend(replace(outcome.task, reassigned=True) for outcome in repeats)
         self._settle_duplicates()
 
     def withdraw(self, worker: int, sources: Collection[str]) -> list[SourceTask]:
@@ -207,7 +213,7 @@ class Tracker:
     def _settle_duplicates(self) -> None:
         """Record the duplicates of bytes that are in the space now, or have failed."""
         for name in list(self._duplicates):
-            if any(name in names for names in (self._committed, self._found, self._present)):
+            if name in self._committed or name in self._found or name in self._present:
                 for outcome in self._duplicates.pop(name):
                     note = outcome.record.note or self._notes.get(name)
                     self._record(replace(outcome.record, note=note))

@@ -3,89 +3,70 @@
 A source is *reused* if its file is still the one that was hashed and the space has all rows of that hash. It
 is a *known failure* if the ledger records a failure of that same file. A URL is assumed to return the bytes
 that it returned before. All other sources are *to do*.
+
+Everything is columns, since a job may have ten million sources: at most 1 GB and two minutes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from cache.format.frame_sampling import MAX_FRAMES, frame_views
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cache.format.frame_sampling import MAX_FRAMES
 from cache.format.space_info import slot_bytes
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from cache.store.ledger import MediaRecord, note_subjects
-from cache.store.references import means_other_bytes
-from cache.store.samples import MediaRef, Sample
+from cache.store.ledger import MediaRecord, note_subjects, records_of
 from cache.store.space import Present
 from encode.download.urls import is_url
-from encode.worker.local_files import Identifier, why_no_file
-from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
-from model.media.images import Failure
-
-OWN_ATTEMPTS = 3
-"""Jobs that try a source on which our own code fails, before it counts as a known failure."""
+from encode.plan.known import Known, stamp_of
+from encode.plan.media import KINDS, Media
+from encode.plan.numbering import AT_ONCE, Ints, Mask
+from encode.plan.tasks import Hosts, MissingFiles, Recognised, Tasks, spread
+from encode.worker.local_files import Identifier, Identity
+from encode.worker.messages import SourceTask
 
 OVERHEAD_BYTES = 156
 """Bytes of a row beside its slot: its index entry, and its lines in the commit and in the media table."""
-
-
-class Mention(NamedTuple):
-    """What the samples say about a source."""
-
-    kind: str
-    """image or video."""
-    sha256: str | None = None
-    """The sha256 of its bytes, if a data set states one."""
-
-
-class MediaCounter:
-    """Collects the distinct media that samples mention, in order."""
-
-    def __init__(self) -> None:
-        self.media: dict[str, Mention] = {}
-        """Source -> what the samples say about it."""
-        self.samples = 0
-        """Number of samples."""
-
-    def count(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Yield `samples`, and count each with its media."""
-        for sample in samples:
-            self.samples += 1
-            for ref in sample.media:
-                self.add(ref)
-            yield sample
-
-    def add(self, ref: MediaRef) -> None:
-        """Count one mention. The first sha256 that a data set states for a source counts."""
-        known = self.media.get(ref.source)
-        if known is None or (known.sha256 is None and ref.sha256 is not None):
-            self.media[ref.source] = Mention(sys.intern(ref.kind), ref.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The media of one job, sorted."""
 
-    todo: tuple[SourceTask, ...] = ()
+    todo: Sequence[SourceTask] = ()
     """Sources to read, and to encode unless the space has their bytes."""
     new_rows: Mapping[str, int] = field(default_factory=dict)
     """Array -> largest number of new rows. Sources known to have equal bytes count once."""
     unread: int = 0
     """Sources to do whose number of rows is not known: their bytes may be in the space, or their video's
     duration is unknown."""
+    videos: int = 0
+    """Videos among the sources to do."""
+    untimed: int = 0
+    """Videos to do whose duration is not known. `new_rows` has `max_frames` for each."""
+    max_frames: int = MAX_FRAMES
+    """Frames of one video, at most."""
+    downloads: int = 0
+    """URLs among the sources to do."""
+    hosts: int = 0
+    """Hosts of these."""
+    busiest: int = 0
+    """URLs to do of the host that has most."""
     reused: int = 0
     """Sources that are in the space already."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """Subject of a note -> number of the reused sources that have it."""
     known_failures: int = 0
     """Sources that the ledger records as failed, and that have not changed since."""
-    missing: tuple[MediaRecord, ...] = field(default=(), repr=False)
+    missing: Sequence[MediaRecord] = field(default=(), repr=False)
     """Records, for the ledger, of files that do not exist."""
-    recognised: tuple[MediaRecord, ...] = field(default=(), repr=False)
+    recognised: Sequence[MediaRecord] = field(default=(), repr=False)
     """Records, for the ledger, of new URLs whose stated sha256 is in the space. `reused` includes them."""
 
     @property
@@ -98,19 +79,19 @@ class Plan:
         """Largest number of new rows in all arrays together."""
         return sum(self.new_rows.values())
 
-    @property
-    def downloads(self) -> int:
-        """Number of URLs among the sources to do."""
-        return sum(is_url(task.source) for task in self.todo)
-
     def bytes_needed(self, spec: FeatureSpec) -> int:
         """Return the largest number of bytes that the new rows need on the disk."""
-        return sum(n * (slot_bytes(spec, a) + OVERHEAD_BYTES) for a, n in self.new_rows.items())
+        return bytes_of_rows(self.new_rows, spec)
+
+
+def bytes_of_rows(rows: Mapping[str, float], spec: FeatureSpec) -> int:
+    """Return the bytes that rows (array -> number) take on the disk."""
+    return round(sum(n * (slot_bytes(spec, a) + OVERHEAD_BYTES) for a, n in rows.items()))
 
 
 def make_plan(
-    media: Mapping[str, Mention],
-    ledger: Mapping[str, MediaRecord],
+    media: Media,
+    ledger: Iterable[pa.Table],
     present: Present,
     *,
     space: str,
@@ -121,129 +102,158 @@ def make_plan(
     """Sort media into those to encode and those that need no work.
 
     Args:
-        media: source -> what the samples say about it.
-        ledger: source -> its latest record.
+        media: what the samples mention.
+        ledger: rows of the media table, later ones behind: `cache.store.ledger.MediaRows`. It is read again
+            where URLs are recognised by their stated hash.
         present: the rows of the space.
         space: the name of the space.
         max_frames: frames of one video, at most.
         rehash: read every file again, even if its identity is unchanged.
         retry_failed: try known failures again.
     """
-    counter, identify = _RowCounter(present, max_frames), Identifier()
-    by_key = {r.key: r for r in ledger.values() if r.status == "ok" and r.width}
-    todo: list[SourceTask] = []
-    missing: list[MediaRecord] = []
-    recognised: list[MediaRecord] = []
-    reused = known_failures = 0
-    notes: Counter[str] = Counter()
+    known = Known(media, present, space=space, max_frames=max_frames)
+    for table in ledger:
+        known.read(table)
+    stamps, hosts = _identify(media)
+    web = hosts >= 0
+    gone = ~web & (stamps == 0)
+    here, in_space = known.here, known.in_space
+    unchanged = here & (web | ((stamps == known.stamps) & (not rehash)))
+    # The URL returned other bytes than the data set states: download them again, and verify.
+    other_bytes = web & here & known.differs
+    unchanged &= ~other_bytes | known.failed
+    in_space &= ~other_bytes
+    lost = gone & in_space  # features outlive their file
+    gone_before = gone & ~in_space & here & known.failed_at_fetch
+    missing = gone & ~lost & ~gone_before
+    kept = ~gone & unchanged & in_space
+    candidates = np.flatnonzero(web & ~in_space & media.stated)
+    recognised, twins = _recognise(media, candidates, ledger, present)
+    twin = np.zeros(len(media), bool)
+    twin[recognised] = True
+    failed = ~gone & ~kept & ~twin & unchanged & known.final & (not retry_failed)
+    todo = np.flatnonzero(~gone & ~kept & ~twin & ~failed)
 
-    def reuse(record: MediaRecord) -> None:
-        nonlocal reused
-        reused += 1
+    notes = Counter(known.subjects(np.flatnonzero(lost | kept)))
+    for record in (twins[media.mention(i)] for i in recognised.tolist()):  # type: ignore[index]
         notes.update(note_subjects(record.note) if record.note else ())
-
-    for source, mention in media.items():
-        record = ledger.get(source)
-        web = is_url(source)
-        identity = None if web else identify(source)
-        if record is not None and record.kind != mention.kind:
-            record = None  # a record of an image says nothing about a video
-        in_space = record is not None and present.has(record.kind, record.key, record.duration_s)
-        if identity is None and not web:
-            if in_space and record is not None:
-                reuse(record)  # features outlive their file
-            elif record is not None and record.stage == "fetch":
-                known_failures += 1
-            else:
-                task = make_task(source, mention, record)
-                blank = MediaRecord(source=source, kind=mention.kind)
-                why = Failure("fetch", why_no_file(source))
-                gone = Outcome(task=task, record=blank, result="failed", failure=why)
-                missing.append(gone.failed_record())
-            continue
-        unchanged = record is not None and (
-            identity is None or (not rehash and identity.matches(record))
-        )
-        if web and record is not None and means_other_bytes(mention.sha256, record.key):
-            # The URL returned other bytes than the data set states: download them again, and verify.
-            unchanged, in_space = unchanged and record.status == "failed", False
-        twin = by_key.get(mention.sha256) if web and not in_space else None
-        if unchanged and in_space and record is not None:
-            reuse(record)
-        elif twin is not None and present.has(mention.kind, twin.key, twin.duration_s):
-            recognised.append(replace(twin, source=source, attempts=1))
-            reuse(twin)
-        elif unchanged and record is not None and _is_final(record, space) and not retry_failed:
-            known_failures += 1
-        else:
-            known = record if unchanged else None
-            todo.append(make_task(source, mention, known))
-            counter.add(mention, known)
+    new_rows, unread, untimed = _count_rows(media, known, todo, unchanged[todo], max_frames)
+    todo_hosts = hosts[todo]
+    order = spread(todo_hosts)
+    todo = todo[order]
+    of_host = np.bincount(todo_hosts[todo_hosts >= 0], minlength=1)
+    at = np.flatnonzero(missing)
     return Plan(
-        todo=spread(todo),
-        new_rows=counter.rows,
-        unread=counter.unread,
-        reused=reused,
+        todo=Tasks(media, known, todo, unchanged=unchanged[todo], web=web[todo]),
+        new_rows=new_rows,
+        unread=unread,
+        videos=int((media.kinds[todo] == KINDS.index("video")).sum()),
+        untimed=untimed,
+        max_frames=max_frames,
+        downloads=int(of_host.sum()),
+        hosts=int((of_host > 0).sum()),
+        busiest=int(of_host.max()),
+        reused=int((lost | kept | twin).sum()),
         notes=notes,
-        known_failures=known_failures,
-        missing=tuple(missing),
-        recognised=tuple(recognised),
+        known_failures=int((gone_before | failed).sum()),
+        missing=MissingFiles(media, at, np.where(here, known.attempts, 0)[at]),
+        recognised=Recognised(media, recognised, twins),
     )
 
 
-class _RowCounter:
-    """Counts the rows that the media to do will become, at most."""
+def _identify(media: Media) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
+    """Return the identity (n,) of each file, 0 where there is none, and the host (n,) of each URL, or -1."""
+    stamps = np.zeros(len(media), np.uint64)
+    host_of = np.full(len(media), -1, np.int32)
+    identify, hosts = Identifier(), Hosts()
+    at, places, found = 0, list[int](), list[tuple[int, ...]]()
 
-    def __init__(self, present: Present, max_frames: int):
-        self.rows: Counter[str] = Counter()
-        self.unread = 0
-        self._present, self._max_frames = present, max_frames
-        self._keys: set[str] = set()
+    def stamp() -> None:
+        if found:
+            stamps[places] = stamp_of(np.array(found, np.uint64))
+            places.clear()
+            found.clear()
 
-    def add(self, mention: Mention, known: MediaRecord | None) -> None:
-        key = (known.key if known else None) or mention.sha256
-        rows, exact = 1, known is not None and known.key is not None
-        if mention.kind == "video":
-            rows, exact = self._max_frames, False
-            if known is not None and known.key is not None and known.duration_s is not None:
-                views = frame_views(known.duration_s, self._max_frames)
-                rows, exact = len(self._present.missing(known.key, views)), True
-        self.unread += not exact
-        if key is None or media_id(mention.kind, key) not in self._keys:
-            self.rows[ARRAY_OF[mention.kind]] += rows
-        if key is not None:
-            self._keys.add(media_id(mention.kind, key))
-
-
-def make_task(source: str, mention: Mention, known: MediaRecord | None) -> SourceTask:
-    """Return the task for a source; `known` is its ledger record, if that is still valid."""
-    return SourceTask(
-        source=source,
-        kind=mention.kind,
-        attempts=known.attempts if known and known.status == "failed" else 0,
-        sha256=mention.sha256,
-        key=known.key if known and is_url(source) else None,
-    )
+    for block in media.sources.blocks():
+        for source in block:
+            if is_url(source):
+                host_of[at] = hosts.number(source)
+            elif (identity := identify(source)) is not None:
+                places.append(at)
+                found.append(_numbers(identity))
+            at += 1
+        if len(found) > AT_ONCE:
+            stamp()
+    stamp()
+    return stamps, host_of
 
 
-def spread(tasks: Sequence[SourceTask]) -> tuple[SourceTask, ...]:
-    """Return `tasks` with those of each web host far apart, since a host takes few requests at a time.
+def _numbers(identity: Identity) -> tuple[int, ...]:
+    return tuple(value % 2**64 for value in identity)
 
-    Files stay in their order, since files that are adjacent on disk are read faster.
+
+def _recognise(
+    media: Media, candidates: Ints, ledger: Iterable[pa.Table], present: Present
+) -> tuple[Ints, dict[tuple[str, str], MediaRecord]]:
+    """Find URLs whose bytes are in the space, from other sources.
+
+    Args:
+        media: all sources.
+        candidates: URLs with a stated hash that are not known to be in the space.
+        ledger: rows of the media table.
+        present: the rows of the space.
+
+    Returns:
+        those that are in the space, and (kind, sha256) -> a record of the same bytes.
     """
-    turns: Counter[str] = Counter()
-    order = []
-    for number, task in enumerate(tasks):
-        host = urlsplit(task.source).netloc if is_url(task.source) else ""
-        order.append((turns[host] if host else number, number))
-        turns[host] += 1
-    return tuple(tasks[number] for _, number in sorted(order))
+    video = media.kinds[candidates] == KINDS.index("video")
+    keep = np.full(len(candidates), present.has_frames)
+    for start in range(0, len(candidates), AT_ONCE):
+        images = start + np.flatnonzero(~video[start : start + AT_ONCE])
+        keep[images] = present.have_images(media.keys(candidates[images]))
+    candidates = candidates[keep]
+    if not len(candidates):
+        return candidates, {}
+    wanted = {media.mention(i) for i in candidates.tolist()}
+    hexes = pa.array(sorted({sha256 for _, sha256 in wanted if sha256}))
+    twins: dict[tuple[str, str], MediaRecord] = {}
+    for table in ledger:
+        fits = pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["width"], 0))
+        for record in records_of(table.filter(pc.and_(fits, pc.is_in(table["key"], hexes)))):
+            assert record.key is not None, "it is in `hexes`"
+            if present.has(record.kind, record.key, record.duration_s):
+                twins[record.kind, record.key] = record
+    found = [i for i in candidates.tolist() if media.mention(i) in twins]
+    return np.array(found, np.int64), twins
 
 
-def _is_final(record: MediaRecord, space: str) -> bool:
-    """Return whether a failure is final: the media's own always, ours after OWN_ATTEMPTS and for `space`."""
-    if record.status != "failed":
-        return False
-    if record.stage not in OWN_STAGES:
-        return True
-    return (record.error or "").startswith(f"{space}: ") and record.attempts >= OWN_ATTEMPTS
+def _count_rows(
+    media: Media, known: Known, todo: Ints, unchanged: Mask, max_frames: int
+) -> tuple[dict[str, int], int, int]:
+    """Count the rows that the sources to do will become, at most.
+
+    Returns:
+        array -> rows, with sources known to have equal bytes counted once; how many of the sources have a
+        number of rows that is not known; and how many of these are videos of unknown length.
+    """
+    video = media.kinds[todo] == KINDS.index("video")
+    keyed = unchanged & known.keyed[todo]
+    timed = video & keyed & known.timed[todo]
+    rows = np.where(video, max_frames, 1)
+    rows[timed] = known.new_rows[todo[timed]]
+    exact = keyed & (timed | ~video)
+    # 8 bytes of a key are enough to count with, and one bit tells the kinds apart.
+    stated = media.stated[todo] & ~(keyed & known.differs[todo])
+    heads = np.arange(len(todo), dtype=np.uint64)  # different: no key
+    for where, keys in ((stated, media.keys), (keyed & ~media.stated[todo], known.keys)):
+        at = np.flatnonzero(where)
+        for start in range(0, len(at), AT_ONCE):
+            some = at[start : start + AT_ONCE]
+            head = np.ascontiguousarray(keys(todo[some])[:, :8]).view(np.uint64).ravel()
+            heads[some] = head << np.uint64(1) | video[some].astype(np.uint64)
+    first = np.unique(heads, return_index=True)[1]
+    counted = {}
+    for kind, of_kind in (("image", ~video[first]), ("video", video[first])):
+        if of_kind.any():
+            counted[ARRAY_OF[kind]] = int(rows[first[of_kind]].sum())
+    return counted, int((~exact).sum()), int((video & ~timed).sum())

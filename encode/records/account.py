@@ -24,6 +24,7 @@ from cache.store.samples import Sample
 from configs import UserError
 from configs.command_line import CommandLine
 from configs.text import visible
+from encode.plan.numbering import AT_ONCE, Numbers
 
 SHOWN = 20
 """Faults that an error shows whole; all others are counted by kind."""
@@ -92,15 +93,27 @@ class Account:
 
     def watch(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield `samples`, count them and their distinct media, then close the account."""
-        seen: set[str] = set()
-        for sample in samples:
-            self.samples += 1
-            for ref in sample.media:
-                if ref.source not in seen:
-                    seen.add(ref.source)
-                    self.media[ref.kind] += 1
-            yield sample
+        seen, waiting = Numbers(), dict[str, str]()  # source -> kind
+        try:
+            for sample in samples:
+                self.samples += 1
+                for ref in sample.media:
+                    waiting.setdefault(ref.source, ref.kind)
+                if len(waiting) >= AT_ONCE:
+                    self._count_media(seen, waiting)
+                yield sample
+        finally:  # also if the caller stops early
+            self._count_media(seen, waiting)
         self.close()
+
+    def _count_media(self, seen: Numbers, waiting: dict[str, str]) -> None:
+        """Count the media that are new, and empty `waiting`."""
+        before = len(seen)
+        at = seen.add(list(waiting))
+        self.media.update(
+            kind for kind, number in zip(waiting.values(), at, strict=True) if number >= before
+        )
+        waiting.clear()
 
     def add_line(self, name: str, ignored: Mapping[str, int]) -> None:
         """Count one line of the format `name`, and its keys that are not used."""

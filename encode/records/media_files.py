@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import unquote, urlsplit
 
 from cache.errors import EmbeddedMediaError
@@ -29,6 +29,7 @@ from cache.store.samples import MediaRef
 from configs import UserError
 from encode.download.urls import is_url, parse_url
 from encode.errors import DownloadError
+from encode.plan.numbering import TextMap, TextSet
 from encode.records.account import Account, FaultError
 from encode.records.record import MediaName
 from model.media.kinds import HEAD_BYTES, Recognised, recognise
@@ -54,6 +55,7 @@ IMAGE_SUFFIXES = frozenset(
 _SUFFIXES = sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES)
 
 Kind = Literal["image", "video"]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MISSING = "no such file"
 MAX_BYTES = 1 << 30
@@ -82,10 +84,14 @@ class MediaFiles:
         self._account = account
         self._outside = outside
         self._inside: dict[str, bool] = {}
-        self.found: dict[str, Kind] = {}
-        """Absolute path of each file that was resolved -> its kind."""
-        self._missing: dict[str, None] = {}
+        self._found = TextMap()  # absolute path of each file that was resolved -> number in _KINDS
+        self._missing = TextSet()
+        self._first_missing = ""
         self._others = 0
+
+    def set_kind(self, path: str, kind: Kind) -> None:
+        """Say what the file at an absolute path is, so that `resolve` does not look at it."""
+        self._found[path] = _KINDS.index(kind)
 
     def resolve(
         self, name: MediaName, base: Path, data_uri: Callable[[str], str] | None = None
@@ -125,12 +131,14 @@ class MediaFiles:
                 f"{short(text)}: only http and https are downloaded; copy the file to this disk",
             )
         path = self._existing(unquote(text[7:]) if scheme else text, base)
-        kind = self.found.get(path)
-        if kind is None:
+        known = self._found.get(path)
+        if known is not None:
+            kind = _KINDS[known]
+        else:
             recognised = look(path)
             suffix_kind = kind_by_suffix(path)
             kind = (recognised and recognised.kind) or name.kind or suffix_kind or "image"
-            self.found[path] = kind
+            self.set_kind(path, kind)
         return MediaRef(source=path, kind=kind, sha256=sha256)
 
     def refuse_if_all_are_missing(self, where: str, advice: Callable[[str], str]) -> None:
@@ -140,8 +148,8 @@ class MediaFiles:
             where: the file that names them.
             advice: returns what to do, for the first path that was tried.
         """
-        if self._missing and len(self._missing) == len(self.found) and not self._others:
-            first = next(iter(self._missing))
+        if self._missing and len(self._missing) == len(self._found) and not self._others:
+            first = self._first_missing
             count = len(self._missing)
             what = "the file" if count == 1 else f"none of the {count:,} files"
             does = "does not exist" if count == 1 else "exists"
@@ -174,7 +182,7 @@ class MediaFiles:
                 self._note("path with / before it", self._checked(inside, base))
                 text = inside
         written = self._checked(text, base)
-        if written in self.found or Path(written).is_file():
+        if written in self._found or Path(written).is_file():
             return written
         if Path(written).is_dir():
             raise FaultError("a folder instead of a file", f"{short(text)} is a folder, not a file")
@@ -194,13 +202,14 @@ class MediaFiles:
                 f"{short(text)}: no such file; there is {short(near)}",
             )
         if written not in self._missing:
-            self._missing[written] = None
+            self._missing.add(written)
+            self._first_missing = self._first_missing or written
             self._account.notes[MISSING] += 1
         return written
 
     def _note(self, note: str, path: str) -> None:
         """Count a remark about a file, once for each file."""
-        if path not in self.found:
+        if path not in self._found:
             self._account.notes[note] += 1
 
     def _checked(self, text: str, base: Path) -> str:

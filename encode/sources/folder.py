@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from cache.format.gate import open_regular
 from cache.store.samples import Sample
 from configs import UserError
 from configs.text import quoted
+from encode.plan.numbering import TextSet
 from encode.records.account import Account, FaultError
 from encode.records.keys import FILE_KEYS, IMAGE_KEYS, NAME_KEYS, TEXT_KEYS, VIDEO_KEYS
 from encode.records.media_files import (
@@ -49,6 +50,7 @@ from encode.sources.folder_files import (
     LINKED,
     OUTSIDE,
     UNREADABLE,
+    FileList,
     FolderFile,
     walk,
     why_unused,
@@ -147,7 +149,7 @@ class _Reading:
         self._name = dataset.name
         self._folder = dataset.folder
         self._account = account
-        self._files = list(walk(dataset.folder, dataset.leave_out))
+        self._files = FileList(walk(dataset.folder, dataset.leave_out))
         self._metadata = _metadata(dataset.folder, self._files)
         outside = "copy it into the folder"
         if self._metadata:
@@ -163,7 +165,7 @@ class _Reading:
         """File that may be a text beside a media file -> why it is none, as far as that is known."""
         self._settled = set(self._metadata)
         """Files whose text is used or is a fault."""
-        self._named: set[str] = set()
+        self._named = TextSet()
         """Sources of the samples' media."""
         self._first_of_suffix: dict[str, str] = {}
 
@@ -207,7 +209,7 @@ class _Reading:
                 if not (kind := _kind(found, path)):
                     unused.append((path, found))
                     continue
-                self._media.found[source] = kind
+                self._media.set_kind(source, kind)
                 try:
                     yield from self._of_media(path, kind)
                 except FaultError as fault:
@@ -363,7 +365,7 @@ def _hint_for_file(file: Path) -> str:
     return f"; it is a file: --dataset {word}" if kind else "; it is a file"
 
 
-def _metadata(folder: Path, files: Sequence[FolderFile]) -> list[str]:
+def _metadata(folder: Path, files: Iterable[FolderFile]) -> list[str]:
     """Return the files of records, one a folder at most.
 
     Raises:

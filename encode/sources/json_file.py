@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from cache.format.embedded.names import data_uri_source, data_uris
 from cache.format.gate import check_regular, open_regular
 from cache.store.samples import Sample
 from configs import UserError, one_line
+from encode.plan.numbering import TextMap
 from encode.records.account import Account, FaultError
 from encode.records.media_files import MediaFiles, look
 from encode.records.reading import read_records
@@ -51,7 +51,7 @@ class RecordFiles:
         self._dataset = dataset
         self._media = media
         self._account = account
-        self._times_named: Counter[str] = Counter()
+        self._times_named = TextMap()
 
     def samples(self, file: Path, base: Path, prefix: str = "") -> Iterator[Sample]:
         """Yield the samples of a file; its faults are counted.
@@ -67,12 +67,13 @@ class RecordFiles:
             try:
                 records = read_records(line.value, self._account)
                 first = prefix + _first_name(records)
-                sample_id = f"{first}#{self._times_named[first]}"
+                times = self._times_named.get(first) or 0
+                sample_id = f"{first}#{times}"
                 samples = self._samples(records, sample_id, base, data_uri)
             except FaultError as fault:
                 self._account.fault(line.where, fault)
                 continue
-            self._times_named[first] += 1
+            self._times_named[first] = times + 1
             yield from samples
 
     def of_value(self, value: Mapping[str, Any], base: Path, sample_id: str) -> list[Sample]:

@@ -195,6 +195,32 @@ def test_planning_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str
     assert words == ["photos:", "space", "media", "rows", "disk", "time", "pays"]
 
 
+def test_a_job_of_too_many_sources_works_through_parts(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    shutil.copy(photos / "0000.png", photos / "same.png")
+    assert run(photos) == 0
+    (cache := photos.parent / "cache").rename(photos.parent / "whole")
+    monkeypatch.setattr("encode.plan.media.MOST_SOURCES", 2)
+    capsys.readouterr()
+    assert run(photos, "--plan") == 0
+    assert re.match(
+        r"parts    (4|8|16|32), one after the other", capsys.readouterr().out.splitlines()[1]
+    )
+    for counts in (("6", "1", "1"), ("0", "7", "1")):
+        assert run(photos) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"^part     2 of (4|8|16|32): \d to do$", out, re.MULTILINE)
+        found = CLOSING.fullmatch(out.splitlines()[-1])
+        assert found is not None and found.groups()[:3] == counts
+    hashes = {
+        FeatureReader(find_space(CacheRoot(folder), None)).logical_hash()
+        for folder in (cache, photos.parent / "whole")
+    }
+    assert len(hashes) == 1
+
+
 def test_beside_another_driver_a_job_is_refused_and_planned_without_a_change(photos: Path) -> None:
     assert run(photos) == 0
     root = CacheRoot(photos.parent / "cache")
@@ -374,7 +400,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
         run(photos)
     assert "fits" not in capsys.readouterr().out
     monkeypatch.setattr("encode.job.free_bytes", lambda folder: SPARE_BYTES + 2000)
-    with pytest.raises(UserError, match=needs + r".* what would fit: --codec int4 --pool 1"):
+    fits = r".* or this fits \(1\.78 kB\): python -m encode\.run --dataset .* --codec int4$"
+    with pytest.raises(UserError, match=needs + fits):
         run(photos)
     assert "1.78 kB fits" in capsys.readouterr().out
     assert not (photos.parent / "cache" / "spaces").exists()

@@ -27,7 +27,8 @@ from cache.store.space import find_space
 from configs.signals import Interrupts
 from encode.driver.resources import WorkerLayout
 from encode.job import Job
-from encode.plan.plan import MediaCounter, Plan
+from encode.plan.media import MediaCounter
+from encode.plan.plan import Plan
 from encode.sources.catalogue import open_datasets
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
@@ -118,7 +119,7 @@ def encode(
         if plan.todo:
             layout = WorkerLayout(workers=workers, gpus=0, threads=threads, torch_threads=1)
             job.run(layout, lock.token, interrupts, timeout_s=timeout_s)
-        code = job.close(plan, 1.0, interrupts)
+        code = job.close(1.0, interrupts)
     ledger = {Path(source).name: record for source, record in read_media(cache).items()}
     return Result(job=job, plan=plan, code=code, paths=job.paths, root=cache, ledger=ledger)
 

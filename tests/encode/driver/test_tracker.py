@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -152,6 +154,39 @@ def test_the_failure_budget_is_a_rate_after_a_probation_and_counts_only_our_own_
     assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
     with pytest.raises(TooManyFailuresError, match=r"3 of 10 sources .* /9 at stage write: why"):
         settle([None] * 7 + ["encode", "write", "write"], budget)
+
+
+class Counted(Sequence[SourceTask]):
+    """Tasks that are made when they are asked for, and counted."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.made = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        self.made += 1
+        return SourceTask(source=f"/{at}")
+
+
+def test_a_task_is_made_once_and_only_when_it_is_assigned() -> None:
+    tasks = Counted(10_000_000)
+    tracker = Tracker(tasks, present=(), on_record=lambda _: None)
+    assert (tracker.total, tasks.made) == (10_000_000, 0)
+    assert [task.source for task in tracker.assign_next(1, 3)] == ["/0", "/1", "/2"]
+    assert tracker.withdraw(1, ["/1"])
+    tracker.worker_died(1, set(), set())
+    again = tracker.assign_next(2, 4)
+    assert [(task.source, task.reassigned) for task in again] == [
+        ("/0", True),
+        ("/2", True),
+        ("/3", False),
+        ("/4", False),
+    ]
+    assert tasks.made == 5
 
 
 def test_notes_are_counted_of_media_that_are_used() -> None:

@@ -1,21 +1,13 @@
-"""Ten million rows in twenty thousand shards: open a space, look rows up, schedule an epoch.
-
-python -m tests.benchmarks.scale                          # 3-5 minutes, 1.5 GB of disk, 4 GB of memory
-python -m tests.benchmarks.scale --rows 400000            # seconds; fewer rows get no index
+"""The steps on spaces of many rows: write commits, open them with and without an index, schedule an epoch.
 
 The commits are real files, sealed as a job seals them. The shards they name do not exist, because nothing
-here reads a row. Everything is also done with a tenth of the rows, to show how it grows. Every step runs in
-a process of its own, so that its memory can be measured.
+here reads a row.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +19,8 @@ from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space
-from tests.benchmarks import bench
-from tests.benchmarks.bench import CLIP, Requirements, run
+from tests.benchmarks.bench import CLIP
+from tests.benchmarks.scale.memory import memory_mb
 
 ROWS_A_SHARD = 500
 NEW_COMMITS = 40
@@ -36,14 +28,6 @@ NEW_COMMITS = 40
 LOOKUPS = 1_000_000
 """Keys looked up."""
 SAMPLES_A_STEP = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(bench.Options):
-    """What to measure."""
-
-    rows: int = 10_000_000
-    """Rows of the large space; the small space has a tenth of them."""
 
 
 def keys_of(shard: int) -> npt.NDArray[np.uint8]:
@@ -81,14 +65,6 @@ def write_commits(space: Space, shards: range) -> None:
 
 
 # ---- steps, each in a process of its own
-
-
-def memory_mb(field: str = "VmRSS") -> float:
-    """Return this process's memory in MB: VmRSS now, VmHWM its peak, RssAnon without mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return float("nan")
 
 
 def build(root: CacheRoot, rows: int) -> dict[str, float]:
@@ -195,42 +171,3 @@ STEPS: dict[str, Callable[[CacheRoot, int], dict[str, float]]] = {
     "schedule": schedule,
 }
 """The steps, in the order in which they need each other's files."""
-
-
-# ---- the table
-
-
-def all_steps(folder: Path, rows: int) -> dict[str, dict[str, float]]:
-    """Run each step in a process of its own; return their figures."""
-    found = {}
-    for name, step in STEPS.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found[name] = process.submit(step, CacheRoot(folder), rows).result()
-        figures = {k: round(v, 2) for k, v in found[name].items()}
-        print(f"  {rows:>10,} rows  {name:12}{figures}", flush=True)
-    return found
-
-
-def measure(options: Options, folder: Path, requirements: Requirements) -> None:
-    """Measure a small and a large space, and compare them."""
-    small = all_steps(folder / "small", options.rows // 10)
-    large = all_steps(folder / "large", options.rows)
-    for name, step, field, required in (
-        ("open with its index, s", "open_space", "seconds", 2.0),
-        ("memory of the index, MB", "open_space", "peak", 1000.0),
-        ("schedule an epoch, random, s", "schedule", "random_seconds", 10.0),
-        ("schedule an epoch, blocks, s", "schedule", "blocks_seconds", 10.0),
-        ("look up one of many keys, us", "open_space", "lookup_us", 5.0),
-    ):
-        requirements.at_most(name, large[step][field], required)
-    for name, step, field in (
-        ("open", "open_space", "seconds"),
-        ("memory", "open_space", "peak"),
-        ("rebuild", "rebuild", "seconds"),
-    ):
-        ratio = large[step][field] / small[step][field]
-        requirements.at_most(f"{name}: x for 10 x rows", ratio, 13.0)
-
-
-if __name__ == "__main__":
-    run("scale", __doc__, measure, Options)

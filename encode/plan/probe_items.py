@@ -1,0 +1,117 @@
+"""Read and decode some media in a process of its own, and say what each cost.
+
+python -m encode.plan.probe_items < request.json      # a line of JSON for each media item
+
+A file that crashes or hangs its decoder ends this process and not the job that plans: see `probe.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from cache.format.frame_sampling import sample_times
+from encode.worker.local_files import read_local
+from encode.worker.messages import SourceTask
+from model.media.fit import InputFit
+from model.media.images import BadMediaError
+from model.media.video import frames
+from model.media.video_index import probe
+
+FRAMES = 8
+"""Frames of a video that are decoded. Their cost is taken for that of the others."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What to probe."""
+
+    items: list[tuple[str, str]]
+    """(source, kind) of each media item: a path, or a name of embedded media."""
+    fit: InputFit
+    """How an image becomes the encoder's input."""
+    max_frames: int
+    """Frames of one video, at most."""
+    stop_s: float
+    """Seconds after which no further item is begun."""
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """What one media item cost."""
+
+    number: int
+    """Its place in the request."""
+    read_s: float = 0.0
+    """Seconds to open, read and hash it."""
+    cpu_s: float = 0.0
+    """Processor seconds to read and decode it; of a video, without its frames."""
+    frame_cpu_s: float = 0.0
+    """Processor seconds to decode one frame of a video."""
+    duration_s: float | None = None
+    """Length of a video, seconds."""
+    failed: bool = False
+    """Whether it cannot be used."""
+
+
+@dataclass
+class _Clock:
+    """Measures the processor seconds between calls."""
+
+    last: float = 0.0
+
+    def lap(self) -> float:
+        now = time.process_time()
+        before, self.last = self.last, now
+        return now - before
+
+
+def probe_items(request: Request) -> Iterator[Item]:
+    """Yield what each item cost, in order, until the time is up."""
+    deadline = time.monotonic() + request.stop_s
+    for number, (source, kind) in enumerate(request.items):
+        if time.monotonic() > deadline:
+            return
+        yield _probe(number, SourceTask(source=source, kind=kind), request)
+
+
+def _probe(number: int, task: SourceTask, request: Request) -> Item:
+    clock, start = _Clock(time.process_time()), time.perf_counter()
+    read_s = 0.0
+    try:
+        data, _ = read_local(task)
+        read_s = time.perf_counter() - start
+        if task.kind == "image":
+            assert isinstance(data, bytes), "images are read whole"
+            request.fit.prepare(request.fit.decode(data))
+            return Item(number=number, read_s=read_s, cpu_s=clock.lap())
+        info = probe(data)
+        cpu_s = clock.lap()
+        wanted = sample_times(info.duration_s, request.max_frames)[:FRAMES]
+        for frame in frames(data, wanted, info):
+            request.fit.prepare(frame.image)
+        return Item(
+            number=number,
+            read_s=read_s,
+            cpu_s=cpu_s,
+            frame_cpu_s=clock.lap() / len(wanted),
+            duration_s=info.duration_s,
+        )
+    except BadMediaError:
+        return Item(number=number, read_s=read_s, cpu_s=clock.lap(), failed=True)
+    except Exception:  # of our own code: the job records it; here it costs what it cost
+        return Item(number=number, read_s=read_s, cpu_s=clock.lap(), failed=True)
+
+
+def main(words: Sequence[str] = ()) -> None:  # noqa: ARG001
+    """Answer the request on the standard input."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    for item in probe_items(request):
+        sys.stdout.buffer.write(msgspec.json.encode(item) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
