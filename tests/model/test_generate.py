@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import configs
 from cache.format import codec
 from cache.format.checksums import sealed_json
 from configs import UserError
@@ -232,8 +233,8 @@ def test_an_encoder_with_other_weights_is_refused(world: Path, tmp_path: Path) -
         main(["--run", str(tmp_path), "--prompt", "x", *images(world, "red")])
 
 
-def test_the_command_itself(world: Path) -> None:
-    """Exit codes and output streams of the process."""
+def test_the_command_itself(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit codes and output streams; of a command that works, those of its process."""
     command = [sys.executable, "-m", "model.generate", "--run", str(world / "run")]
     done = subprocess.run(
         [*command, "--prompt", "what?", *images(world, "red"), "--max-new-tokens", "8"],
@@ -243,8 +244,11 @@ def test_the_command_itself(world: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\n")
-    failed = subprocess.run([*command], capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert failed.stdout == ""
-    assert failed.stderr.startswith("error: ")
-    assert failed.stderr.count("\n") == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as failed:
+        configs.command(lambda: main(["--run", str(world / "run")]))
+    assert failed.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

@@ -78,7 +78,7 @@ def test_a_command_runs_beside_modules_of_the_same_names(
     for words, code, text in (
         (["ls", "--features", "../features"], 0, "toy"),
         (["train", "--stage", "1", "--features", "nowhere"], 2, "error: "),
-        (["train", "--help"], 0, "--max-steps"),
+        (["ls", "--help"], 0, "--features"),
         (["ls", "--feature", "x"], 2, "--features"),
     ):
         done = subprocess.run(

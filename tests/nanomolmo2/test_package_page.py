@@ -22,6 +22,7 @@ PAGE = (ROOT / "docs" / "PACKAGE.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 OPEN = 'nm.open("cache")'
 WORKERS = "num_workers=4"
+MARK = "-- the next block"
 
 
 @pytest.fixture
@@ -50,26 +51,54 @@ def test_the_page_has_the_code_that_is_run() -> None:
     assert [block.count(WORKERS) for block in BLOCKS] == [0, 1, 0]
 
 
-@pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
-@pytest.mark.parametrize("workers", ["0", "2 fork", "2 spawn"])
-def test_its_code_runs(
-    folder: Path, in_process: Callable[..., tuple[int, str, str]], workers: str, remote: bool
-) -> None:
-    count, _, method = workers.partition(" ")
-    wanted = f"num_workers={count}, multiprocessing_context={method or None!r}"
+def code_of(number: int, where: str, workers: int, method: str | None = None) -> str:
+    """Return a block of the page that opens another cache, with workers of a kind."""
+    head = "import nanomolmo2 as nm\n\n" if "import nanomolmo2" not in BLOCKS[number] else ""
+    wanted = f"num_workers={workers}, multiprocessing_context={method!r}"
+    return head + BLOCKS[number].replace(OPEN, where).replace(WORKERS, wanted)
+
+
+def check(number: int, out: str) -> None:
+    """Check what a block has printed."""
+    if number == 0:
+        assert "(4, 64) (6, 1, 64) [0." in out
+    if number == 1:
+        lines = out.splitlines()
+        assert lines[0].startswith("<FeatureDataset pixmo-cap: ")
+        assert len(lines) - 1 == int(lines[0].split(": ")[1].split()[0]) > 60
+        assert "<image>What is this? [(4, 64)]" in lines
+
+
+def test_its_code_runs(folder: Path, in_process: Callable[..., tuple[int, str, str]]) -> None:
+    """From a folder and from a server, with forked workers and without, one after the other."""
     with WebServer(folder / "cache") as server:
-        where = f'nm.open("{server.url}", mirror="mirror")' if remote else OPEN
-        for number, block in enumerate(BLOCKS):
-            if WORKERS not in block and workers != "0":
-                continue  # nothing differs
-            head = "import nanomolmo2 as nm\n\n" if "import nanomolmo2" not in block else ""
-            code = head + block.replace(OPEN, where).replace(WORKERS, wanted)
-            exit_code, out, error = in_process(folder, code)
-            assert exit_code == 0, error
-            if number == 0:
-                assert "(4, 64) (6, 1, 64) [0." in out
-            if number == 1:
-                lines = out.splitlines()
-                assert lines[0].startswith("<FeatureDataset pixmo-cap: ")
-                assert len(lines) - 1 == int(lines[0].split(": ")[1].split()[0]) > 60
-                assert "<image>What is this? [(4, 64)]" in lines
+        remote = f'nm.open("{server.url}", mirror="mirror")'
+        cases = [
+            (number, where, workers)
+            for workers in (2, 0)
+            for where in (OPEN, remote)
+            for number, block in enumerate(BLOCKS)
+            if WORKERS in block or not workers  # else nothing differs
+        ]
+        codes = [code_of(*case, "fork" if case[2] else None) for case in cases]
+        code, out, error = in_process(
+            folder,
+            f"for code in {codes!r}:\n"
+            f"    print({MARK!r})\n"
+            "    exec(compile(code, 'page', 'exec'), {'__name__': '__main__'})\n",
+        )
+    assert code == 0, error
+    before, *printed = out.split(f"{MARK}\n")
+    assert before == ""
+    assert len(cases) == 2 + 2 * len(BLOCKS)
+    for (number, _, _), text in zip(cases, printed, strict=True):
+        check(number, text)
+
+
+def test_its_loop_runs_with_spawned_workers(
+    folder: Path, in_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    """They import the script again, so it must be a file that does nothing when it is imported."""
+    code, out, error = in_process(folder, code_of(1, OPEN, 2, "spawn"))
+    assert code == 0, error
+    check(1, out)

@@ -8,8 +8,7 @@ python -m model.generate --run damaged --prompt "What is it?"
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+import configs
+from cache.errors import CacheError
 from cache.store.paths import CacheRoot
 from configs import UserError
+from model import generate
 from model.io.saved_model import load_final
 from model.language.tokenizer import byte_tokenizer
+from model.verify import __main__ as verify
 from tests.support import trained_runs
-from tests.support.trained_runs import BASE, ENVIRONMENT, losses
+from tests.support.trained_runs import BASE, losses
 from train.run import main
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1192135096\n"
@@ -50,31 +53,32 @@ def words(cache: CacheRoot, llm: Path, *more: str) -> list[str]:
     return [*OPTIONS, "--features", str(cache.path), "--llm", str(llm), "--max-steps", "3", *more]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
+@pytest.fixture
+def one_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`one_error(main, *words)` runs a command that fails with one line and exit code 2; returns the line."""
+
+    def run(main: Callable[[Sequence[str]], int], *arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            configs.command(lambda: main(arguments), errors=(CacheError,))
+        error = capsys.readouterr().err
+        assert ended.value.code == 2, error
+        lines = error.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), error
+        return lines[0]
+
+    return run
 
 
-def one_error(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    return lines[0]
-
-
-@pytest.mark.slow
-def test_commands_say_one_line_and_exit_with_2(cache: CacheRoot, llm: Path) -> None:
+def test_commands_say_one_line_and_exit_with_2(
+    cache: CacheRoot, llm: Path, one_error: Callable[..., str]
+) -> None:
     whole = (llm / "model.safetensors").read_bytes()
     (llm / "model.safetensors").write_text(POINTER)
-    assert "Git LFS pointer" in one_error(command("train.run", *words(cache, llm)))
+    assert "Git LFS pointer" in one_error(main, *words(cache, llm))
     (llm / "model.safetensors").write_bytes(whole[:5000])
-    verify = command("model.verify", "--encoder", "demo", "--llm", str(llm), "--device", "cpu")
-    assert "is truncated" in one_error(verify)
+    asked = ("--encoder", "demo", "--llm", str(llm), "--device", "cpu")
+    assert "is truncated" in one_error(verify.main, *asked)
     assert not Path("runs").exists()
 
 
@@ -111,13 +115,15 @@ def test_a_run_of_another_persons_model_ends_in_a_folder_that_transformers_loads
     assert losses(Path("runs/again/stage1"))[0] < losses(Path("runs/default/stage1"))[0]
 
 
-def test_a_damaged_final_folder_is_one_line(cache: CacheRoot, llm: Path) -> None:
+def test_a_damaged_final_folder_is_one_line(
+    cache: CacheRoot, llm: Path, one_error: Callable[..., str]
+) -> None:
     assert main(words(cache, llm)) == 0
     final = Path("runs/default/stage1/final")
     path = final / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 1.0}))
-    asked = command("model.generate", "--prompt", "What?", "--device", "cpu")
-    assert "config.json: " in one_error(asked)
+    said = one_error(generate.main, "--prompt", "What?", "--device", "cpu")
+    assert "config.json: " in said
     with pytest.raises(UserError, match=r"config\.json: .* train the stage again"):
         main([*OPTIONS, "--stage", "2", "--features", str(cache.path)])
     assert not Path("runs/default/stage2").exists()

@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
+from encode import run as encode_run
 from model import generate
 from tests.support.photos import CAPTIONS, make_folder
+from train import run as train_run
 
 STEPS = {1: 350, 2: 60, 3: 30}
 """Steps of each stage: enough to memorise every caption."""
-
-
-def run(*argv: str, folder: Path) -> str:
-    """Run a command in `folder`; return its standard output."""
-    done = subprocess.run([sys.executable, "-m", *argv], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+ENCODE = [
+    *("--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16", "--pool", "2"),
+]
+"""Words of encode.run."""
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +38,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with photos/, cache/ and a run of three stages in runs/photos/."""
     folder = tmp_path_factory.mktemp("photographs")
     make_folder(folder / "photos")
-    # From here on the working directory has a folder `cache`, which must not hide the package.
-    run(
-        *("encode.run", "--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16"),
-        *("--pool", "2", "--workers", "0"),
-        folder=folder,
-    )
-    for stage, steps in STEPS.items():
-        first = ("--llm", "random:qwen3-tiny") if stage == 1 else ()
-        run(
-            *("train.run", "--stage", str(stage), "--run", "photos", "--hardware", "cpu", *first),
-            *("--held-out", "0", "--batch-size", "23", "--max-steps", str(steps)),
-            *("--learning-rate", "3e-3", "--connector-learning-rate", "3e-3"),
-            *("--warmup-steps", "10", "--eval-every", "0"),
-            folder=folder,
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert encode_run.main([*ENCODE, "--workers", "0"]) == 0
+        torch.set_flush_denormal(True)  # as the command does: gradients become tiny
+        for stage, steps in STEPS.items():
+            first = ("--llm", "random:qwen3-tiny") if stage == 1 else ()
+            words = [
+                *("--stage", str(stage), "--run", "photos", "--hardware", "cpu", *first),
+                *("--held-out", "0", "--batch-size", "23", "--max-steps", str(steps)),
+                *("--learning-rate", "3e-3", "--connector-learning-rate", "3e-3"),
+                *("--warmup-steps", "10", "--eval-every", "0"),
+            ]
+            assert train_run.main(words) == 0
+        torch.set_flush_denormal(False)
     return folder
 
 
@@ -80,9 +79,8 @@ def test_the_model_answers_a_photograph_with_its_caption(
 
 
 def test_the_same_command_again_encodes_nothing(trained: Path) -> None:
-    output = run(
-        *("encode.run", "--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16"),
-        *("--pool", "2"),
-        folder=trained,
-    )
-    assert f"encoded=0 reused={len(CAPTIONS)} failed=0" in output
+    """As a process: its working directory has a folder `cache`, which must not hide the package."""
+    command = [sys.executable, "-m", "encode.run", *ENCODE]
+    done = subprocess.run(command, cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"encoded=0 reused={len(CAPTIONS)} failed=0" in done.stdout
