@@ -28,8 +28,9 @@ PROGRESS_BYTES = 64 << 10
 class RetryPolicy:
     """Limits of reading from one store."""
 
-    connections: int = 16
-    """Requests at the same time."""
+    connections: int = 32
+    """Requests at the same time, each for one row or adjacent ones. With 30 ms to an answer these are at most
+    1,066 rows a second; a GPU that takes 800 images a second keeps 24 requests busy."""
     connect_s: float = 10
     """Seconds to connect to one address, TLS included."""
     read_s: float = 20
@@ -117,6 +118,8 @@ def with_retries(
         except RequestError as error:
             if not error.again:
                 raise UnreachableError(f"{what}: {error.reason}", missing=error.missing) from None
+            if stop.is_set():  # so the request failed, and nobody tries any longer
+                raise UnreachableError(f"{what}: the read was cancelled") from None
             if error.got >= PROGRESS_BYTES:
                 tries, since = 0, time.monotonic()
             waited = time.monotonic() - since

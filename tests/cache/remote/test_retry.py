@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from cache.errors import RequestError, UnreachableError
 from cache.remote import retry
+from cache.remote.deadline import Deadline
 from cache.remote.retry import (
     PROGRESS_BYTES,
     RetryPolicy,
@@ -116,6 +118,26 @@ def test_a_failing_request_is_reported_while_it_is_repeated(
 
 def test_a_hiccup_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert with_retries(POLICY, "http://h/x", failing(RequestError("x", again=True))) == "done"
+    assert not caplog.messages
+
+
+def test_a_read_that_was_cancelled_is_neither_repeated_nor_reported(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a reader is closed while requests are under way: "trying for 300 s" would be wrong."""
+    monkeypatch.setattr(retry, "_notices", retry._Notices())
+    monkeypatch.setattr(retry, "NOTICE_AFTER_S", 0)
+    stop, calls = threading.Event(), 0
+
+    def attempt() -> None:
+        nonlocal calls
+        calls += 1
+        stop.set()
+        Deadline(10, stop).left()
+
+    with pytest.raises(UnreachableError, match=r"^http://h/x: the read was cancelled$"):
+        with_retries(RetryPolicy(), "http://h/x", attempt, stop)
+    assert calls == 1
     assert not caplog.messages
 
 
