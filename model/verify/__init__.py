@@ -5,6 +5,7 @@
 
 `__main__` is the command: it loads the models, passes one image through all of them, and prints the report.
 `memory` is the arithmetic behind it: bytes and floating-point operations of one training step.
+`tail` is its part for the encoder's last blocks, if training computes them.
 `tables` applies it to every stage and hardware preset of configs/train.yaml.
 Read memory.py first: its figures are estimates, and its docstring says what they are made of.
 """

@@ -2,6 +2,7 @@
 
 python -m model.verify                                           # CLIP ViT-L/14@336, Qwen3-0.6B
 python -m model.verify --random-weights                          # these sizes, nothing downloaded
+python -m model.verify --random-weights --train-vision-blocks 3  # with the encoder's last blocks (--tail)
 python -m model.verify --encoder demo --llm random:qwen3-demo    # seconds, on any machine
 
 Parameters are counted, and one image passes through encoder, connector and language model. Memory, days
@@ -17,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from PIL import Image
 
 import configs
 from cache.format.codec import CODECS
+from cache.format.spec import FeatureSpec
 from configs import UserError, nearest
 from configs.console import bytes_text, free_bytes
 from configs.hardware import one_card
@@ -44,9 +46,12 @@ from model.verify.tables import (
     memory_verdicts,
     models_table,
     settings_table,
+    tail_text,
 )
+from model.verify.tail import tail_sizes
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
+from model.vision.tail_blocks import spec_with_tail
 from model.vlm import VLM, build_vlm, parameter_counts
 
 PROG = "python -m model.verify"
@@ -71,6 +76,8 @@ class Options:
     """File or folder of the encoder's weights."""
     device: str = "auto"
     """Where the encoder runs: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    train_vision_blocks: int = 0
+    """How many of the encoder's last blocks train, behind rows of `encode.run --block N --tail`."""
     features: Path = Path("cache")
     """For the disk space: where the feature cache is or will be."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
@@ -87,6 +94,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.text_tokens < 1:
             raise ValueError("gpus and text_tokens must be at least 1")
+        if self.train_vision_blocks < 0:
+            raise ValueError(f"train_vision_blocks {self.train_vision_blocks} is below 0")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu {self.mfu} is not between 0 and 1")
 
@@ -108,15 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder, vlm, passed = load_all(options, device)
     print("\n" + parameter_table(encoder, vlm))
     counts = {part: total for part, (_, total) in parameter_counts(vlm).items()}
-    sizes = sizes_of(vlm.language.config, **counts)
+    spec, trained = space_spec(encoder, options.codec, options), options.train_vision_blocks
+    tail = tail_sizes(spec, trained) if trained else None
+    sizes = replace(sizes_of(vlm.language.config, **counts), tail=tail)
     print(
         f"adapters (--lora {RANK}) have {sizes.adapters(RANK):,} parameters, and train instead of it"
     )
-    spec = encoder.spec(options.codec)
+    if trained:
+        print(tail_text(sizes, tail_sizes(spec, trained, "frame"), preset))
     plan = Plan(mfu=options.mfu, text_tokens=options.text_tokens)
-    print("\n" + memory_table(sizes, spec.tokens("image"), plan))
+    connector = options.connector or configs.load("model")["connector"]
+    print("\n" + memory_table(sizes, spec.seen.tokens("image"), plan))
     print("\n" + settings_table(sizes, preset))
-    print("\n" + models_table(options.connector or configs.load("model")["connector"], spec.width))
+    print("\n" + models_table(connector, spec.seen.width, tail))
     print(
         "\nEstimates, not measurements (model/verify/memory.py): GiB at the peak of a step, on each\n"
         f"GPU; in brackets: does not fit. Days on {options.gpus} GPUs, or as many as the preset is for, at "
@@ -200,12 +213,19 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     return encoder, vlm, math.isfinite(mean)
 
 
+def space_spec(encoder: VisionEncoder, codec: str, options: Options) -> FeatureSpec:
+    """Return the spec of the space to train on."""
+    if not options.train_vision_blocks:
+        return encoder.spec(codec)
+    return spec_with_tail(encoder, codec, options.train_vision_blocks)
+
+
 def disk_verdict(encoder: VisionEncoder, options: Options) -> str:
     """Say in one line whether the features of pixmo-cap's images fit the disk of `options.features`."""
     row_bytes = {}
     for codec in CODECS:
         with contextlib.suppress(UserError):  # a width that is not a multiple of 64 has fp16 only
-            row_bytes[codec] = encoder.spec(codec).row_bytes("image")
+            row_bytes[codec] = space_spec(encoder, codec, options).row_bytes("image")
     sizes = {codec: PIXMO_CAP_IMAGES * nbytes for codec, nbytes in row_bytes.items()}
     free = free_bytes(options.features.expanduser())
     fits = "Fits" if sizes[options.codec] <= free else "Does NOT fit"

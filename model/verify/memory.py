@@ -19,6 +19,8 @@ of a running model with saved-tensor hooks, and the formula is exact:
   autocast, adapters           peft makes float32 of their inputs first: 18 D + 10 Q + 8 K + 8 I + 14 R
   always                       4 bytes for each norm, and for each head's norm and softmax: 4 (2 + 2 Hq + Hkv)
 
+The encoder's last blocks, which a space with a tail has the trainer compute, are in tail.py.
+
 Models without norms of q and k (Qwen2.5) keep less of them; see `layer_bytes`. Qwen3-0.6B under autocast: 82
 KB a token a layer. Measured elsewhere in pure bfloat16: 76 KB.
 """
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.language.loss import CHUNK_ELEMENTS
+from model.verify.tail import TailSizes, backward_bytes, kept_bytes
 
 GIB = 2**30
 
@@ -36,8 +39,8 @@ GPU_CONTEXT_BYTES = GIB
 """CUDA context, kernels and cuBLAS workspace: 0.5 to 1 GiB on Ampere and later."""
 WASTE = 0.05
 """Share of activation memory that the allocator cannot reuse."""
-CPU_PROCESS_BYTES = 750 * 2**20
-"""A Python process with torch and transformers imported (measured: 0.73 GiB)."""
+CPU_PROCESS_BYTES = 800 * 2**20
+"""A Python process with all that training imports (measured: 806 MiB, with peft 815)."""
 USABLE = 0.97
 """Share of a GPU's nominal GiB that a process can use."""
 FOUR_BIT_BYTES = 0.516
@@ -46,7 +49,7 @@ FOUR_BIT_BYTES = 0.516
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of a language model with its connector."""
+    """Sizes of a language model with its connector, and of a tail."""
 
     width: int
     """Width of the residual stream, D."""
@@ -70,6 +73,8 @@ class Sizes:
     """Whether the head is the embedding."""
     head_norms: bool = True
     """Whether queries and keys have norms (Qwen3)."""
+    tail: TailSizes | None = None
+    """The encoder's last blocks, which a step computes; None: rows are what the connector gets."""
 
     @property
     def matrix(self) -> int:
@@ -136,6 +141,8 @@ class Step:
     """Whether weights, gradients and moments are in the CPU's memory."""
     accumulates: bool = True
     """Whether a step has several micro-batches, so that the last one adds to gradients that exist."""
+    rows: int | None = None
+    """Rows of a micro-batch that pass through the tail, R; None: as many as fill it."""
 
     @property
     def whole(self) -> bool:
@@ -185,8 +192,8 @@ def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
     """Return the bytes of each part at the peak of a step, on the device that computes.
 
     Weights, gradients and both moments of AdamW are float32: 16 bytes for each parameter that trains. The
-    peak is at the loss, at the last layer's backward pass, or at its end, where the gradients of the tied
-    embedding and head are added: whatever is largest.
+    peak is at the loss, at the last layer's backward pass, at the tail's, or at the end, where the gradients
+    of the tied embedding and head are added: whatever is largest.
 
     Returns:
         `weights`, `gradients`, `AdamW`, `bf16 copies`, `gathered`, `activations`, `loss`, `process`, and
@@ -200,7 +207,7 @@ def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
         **kept,
         **max(moments, key=lambda parts: sum(parts.values())),
         "gathered": _gathered(sizes, step),
-        "process": GPU_CONTEXT_BYTES if step.gpu else CPU_PROCESS_BYTES,
+        "process": GPU_CONTEXT_BYTES if step.gpu else CPU_PROCESS_BYTES + _holes(sizes, step),
     }
     order = ("weights", "gradients", "AdamW", "bf16 copies", "gathered")
     parts = {name: parts[name] for name in (*order, "activations", "loss", "process")}
@@ -209,14 +216,14 @@ def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
 
 def state_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
     """Return the bytes of `weights`, `gradients` and `AdamW` of a whole model, wherever they are."""
-    adapters = sizes.adapters(step.lora)
+    adapters, tail = sizes.adapters(step.lora), sizes.tail
     trainable = sizes.language * step.whole + adapters * step.train_llm
-    trainable += sizes.connector * step.train_connector
+    trainable += sizes.connector * step.train_connector + (tail.trainable if tail else 0)
     language = 4 * sizes.language
     if step.load_in_4bit:
         language -= int((4 - FOUR_BIT_BYTES) * sizes.body)
     return {
-        "weights": language + 4 * (adapters + sizes.connector),
+        "weights": language + 4 * (adapters + sizes.connector + (tail.parameters if tail else 0)),
         "gradients": 4 * trainable,
         "AdamW": 8 * trainable,
     }
@@ -255,28 +262,60 @@ def _moments(sizes: Sizes, step: Step, added: int, reduced: int) -> list[dict[st
 
     # A single micro-batch has no gradients before its backward pass.
     before = added if step.accumulates else 0
+    held = in_backward = of_tail = 0
+    if (tail := sizes.tail) is not None:
+        rows = tail.rows(tokens) if step.rows is None else step.rows
+        held = kept_bytes(tail, rows, step.gpu, step.checkpointing)
+        in_backward = backward_bytes(tail, rows, step.gpu, step.checkpointing)
+        of_tail = 2 * tail.trainable * step.gpu
+    copies += of_tail
 
-    def moment(activations: float, loss: int, copied: int, gradients: int) -> dict[str, int]:
-        used = int(tokens * activations * (1 + WASTE))
+    def moment(
+        activations: float, loss: int, copied: int, gradients: int, more: int = 0
+    ) -> dict[str, int]:
+        used = int((tokens * activations + more) * (1 + WASTE))
         parts = {"gradients": gradients, "bf16 copies": copied}
         return parts | {"activations": used, "loss": loss}
 
-    more = 2 * matrix * step.gpu if step.whole else 0
-    at_loss = moment(kept, chunk + d_head + more, copies + head, before)
-    last_layer = moment(kept + again + working, d_head, copies, before)
+    rounded = 2 * matrix * step.gpu if step.whole else 0
+    at_loss = moment(kept, chunk + d_head + rounded, copies + head, before, held)
+    last_layer = moment(kept + again + working, d_head, copies, before, held)
     found = [at_loss, last_layer]
+    if in_backward:
+        # When the language model's activations are free. Its gradients exist, and that of a tied head waits
+        # for the embedding's, which comes last.
+        found.append(moment(ends, d_head * sizes.tied, of_tail, added, held + in_backward))
     if step.whole:
         # The embedding's gradient, and that of a tied head, to which it is added, when activations are free.
         found.append(moment(ends, (8 if sizes.tied else 4) * matrix, 0, max(before, reduced)))
     return found
 
 
+def _holes(sizes: Sizes, step: Step) -> int:
+    """Return the bytes that adapters leave unused in the memory of a process on the CPU.
+
+    peft makes four tensors of the size of a layer's output, W x, B A x, its multiple and their sum, and gives
+    three back, in two places. A x is kept and small, and glibc takes the smallest free place for it, so that
+    what is left there is too small for an output. So each adapter costs two outputs that nothing uses; with
+    53 million parameters and rank 16, 1.6 (2,048 tokens) to 2.8 (256 tokens) were measured. With a place of
+    its own for each tensor (MALLOC_MMAP_THRESHOLD_=65536) it costs none, and a step takes a third longer. On
+    CUDA, tensors below 1 MiB have places of their own.
+    """
+    if not (step.lora and step.train_llm):
+        return 0
+    q, k = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    outputs = q + 2 * k + 2 * sizes.width + 2 * sizes.inner
+    layers = 1 if step.checkpointing else sizes.layers
+    return 2 * 4 * outputs * step.tokens * layers
+
+
 def _gathered(sizes: Sizes, step: Step) -> int:
-    """Return the bytes that FSDP2 has gathered: embeddings and connector, one layer and the next one."""
+    """Return the bytes that FSDP2 has gathered: what is no layer, one layer and the next one."""
     if not step.gathers:
         return 0
     layer = sizes.body // sizes.layers + sizes.adapters(step.lora) // sizes.layers
-    return 4 * (sizes.embeddings + sizes.connector + 2 * layer)
+    tail = sizes.tail.parameters if sizes.tail else 0
+    return 4 * (sizes.embeddings + sizes.connector + tail + 2 * layer)
 
 
 def sample_flops(sizes: Sizes, tokens: int, supervised: int, train_llm: bool = True) -> float:

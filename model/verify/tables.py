@@ -31,6 +31,7 @@ from model.verify.memory import (
     state_bytes,
     step_bytes,
 )
+from model.verify.tail import TailSizes
 
 MODELS = {
     "Qwen3-0.6B": "random:qwen3-0.6b",
@@ -148,17 +149,42 @@ def how_text(step: Step) -> str:
     return ", ".join(filter(None, words)) or "-"
 
 
-def models_table(connector: str, vision_width: int) -> str:
+def models_table(connector: str, vision_width: int, tail: TailSizes | None = None) -> str:
     """Return a table of the usual language models: parameters, and GiB of each stage on each preset."""
     rows, names = [], list(configs.load("train")["hardware"])
     for model, source in MODELS.items():
-        sizes = known_sizes(source, connector, vision_width)
+        sizes = replace(known_sizes(source, connector, vision_width), tail=tail)
         for stage in configs.load("train")["stages"]:
             cells = [model, f"{sizes.language:,}", f"stage {stage}"]
             rows.append([*cells, *(estimate_text(sizes, stage, name) for name in names)])
     return table_text(
         ["GiB", "parameters", "", *names], rows, right=" ".join(["parameters", *names])
     )
+
+
+def tail_text(sizes: Sizes, frames: TailSizes, hardware: str) -> str:
+    """Return lines about the tail: its parameters, and GiB of each stage with images and with frames alone.
+
+    Args:
+        sizes: with a tail of images.
+        frames: the same blocks, with the tokens of a video frame.
+        hardware: preset of configs/train.yaml.
+    """
+    tail = sizes.tail
+    assert tail is not None
+    stages = configs.load("train")["stages"]
+    said = (
+        f"tail: {tail.trained} of {tail.blocks} blocks train (--train-vision-blocks {tail.trained}), "
+        f"{tail.trainable:,} of {tail.parameters:,} parameters; all estimates include them"
+    )
+    for name, one in (("images", tail), ("video frames", frames)):
+        larger = replace(sizes, tail=one)
+        gib = " / ".join(estimate_text(larger, stage, hardware) for stage in stages)
+        said += (
+            f"\nGiB in stages {' / '.join(map(str, stages))} on {hardware}, if micro-batches are full of "
+            f"{name}, each {one.stored} tokens as stored and {one.seen} behind the tail: {gib}"
+        )
+    return said
 
 
 def estimate_text(sizes: Sizes, stage: int, hardware: str) -> str:
@@ -256,13 +282,17 @@ def _days(
     samples = settings["batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
     window = settings["max_sequence_length"]
     whole = settings["train_llm"] and not settings.get("lora", 0)
+    of_row = sizes.tail.row_flops() if sizes.tail else 0.0
     days = [
         stage_days(
-            samples * sample_flops(sizes, tokens, plan.text_tokens, whole),
+            samples * (sample_flops(sizes, tokens, plan.text_tokens, whole) + rows * of_row),
             settings["max_steps"],
             card.tflops,
             plan.mfu,
         )
-        for tokens in (min(window, image_tokens + plan.text_tokens), window)
+        for tokens, rows in (
+            (min(window, image_tokens + plan.text_tokens), 1),
+            (window, window // image_tokens),
+        )
     ]
     return f"{days[0]:.1f}, {days[1]:.1f}"

@@ -93,22 +93,13 @@ def make_tail(
         checks.disabled = False
     tower: Any = encoder.tower
     tower.keep_cls = True
-    blocks, names, norm, attention = _layers(tower)
+    blocks, names, _, _ = _layers(tower)
     arrays = {
         f"blocks.{number}.{name}": value.numpy()
         for number in range(stored + 1, max(config.tail) + 1)
         for name, value in _renamed(blocks[number], names, config)
     }
-    first = blocks[stored + 1]
-    tail = Tail(
-        first=stored + 1,
-        blocks=config.tail,
-        heads=getattr(first, attention).num_heads,
-        hidden=len(arrays[f"blocks.{stored + 1}.up.weight"]),
-        eps=getattr(first, norm).eps,
-        pool_image=config.pool_image,
-        pool_frame=config.pool_frame,
-    )
+    tail = _describe(config, tower)
     try:
         spec = dataclasses.replace(spec, tail=tail)
     except ValueError as error:
@@ -116,6 +107,59 @@ def make_tail(
     _compare(encoder, spec, arrays)
     data = file_bytes(tail, arrays, spec.width)
     return dataclasses.replace(tail, sha256=file_sha256(data)), data
+
+
+def spec_with_tail(encoder: VisionEncoder, codec: str, trained: int) -> FeatureSpec:
+    """Return the spec of a space behind whose rows the last blocks of an encoder can train.
+
+    The stored block is the last one that allows it: `encode.run --block N --tail`. Nothing is compared and no
+    file is made, so the tail has no sha256.
+
+    Args:
+        encoder: whose entry has no tail.
+        codec: of the rows.
+        trained: how many blocks train.
+
+    Raises:
+        UserError: the encoder has blocks of another kind, or not as many before those of its features.
+    """
+    blocks = encoder.config.blocks
+    if trained > max(blocks):
+        raise UserError(
+            f"--train-vision-blocks {trained}: before the features of encoder {encoder.config.name}, the "
+            f"output of block {', '.join(map(str, blocks))}, are {max(blocks)} blocks that could train and "
+            f"the one that is stored; give --train-vision-blocks {max(blocks)}"
+        )
+    config = encoder.config.with_tail(min(max(blocks) - trained, *blocks))
+    spec = encoder.spec(codec)
+    plain: dict[str, Any] = {"blocks": config.blocks, "width": spec.width // len(blocks)}
+    plain |= {"pool_image": 1, "pool_frame": 1}
+    plain |= {"keep_cls": getattr(encoder.tower, "prefix_tokens", 0) == 1}
+    return dataclasses.replace(spec, **plain, tail=_describe(config, encoder.tower))
+
+
+def _describe(config: EncoderConfig, tower: Any) -> Tail:
+    """Return the tail of an entry from `EncoderConfig.with_tail`, without a sha256.
+
+    Raises:
+        UserError: its blocks are of another kind.
+    """
+    blocks, names, norm, attention = _layers(tower)
+    number = config.blocks[0] + 1
+    parts: dict[str, Any] = dict(blocks[number].named_modules())
+    up = next(old for old, new in names.items() if new == "up")
+    for part in (norm, attention, up):
+        if part not in parts:
+            raise _other_blocks(config, f"they have no {part}")
+    return Tail(
+        first=number,
+        blocks=config.tail,
+        heads=parts[attention].num_heads,
+        hidden=len(parts[up].weight),
+        eps=parts[norm].eps,
+        pool_image=config.pool_image,
+        pool_frame=config.pool_frame,
+    )
 
 
 def _layers(tower: Any) -> tuple[Any, dict[str, str], str, str]:

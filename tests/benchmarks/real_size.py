@@ -30,6 +30,7 @@ from cache.store.samples import write_samples
 from model.attention.batch import PackedBatch
 from model.connector import build_connector
 from model.language.model import LanguagePreset, load_language, save_language
+from model.tail import StoredRows
 from model.verify.memory import GIB, Sizes, Step, sizes_of, step_bytes
 from model.vlm import VLM, parameter_counts
 from tests.benchmarks import bench
@@ -77,14 +78,14 @@ class Case:
     micro_batches: int = 2
     """Micro-batches of a step."""
 
-    def build(self) -> tuple[VLM, Sizes]:
-        """Return the model with a connector from 64 values, and its sizes."""
+    def build(self, features: int = 64) -> tuple[VLM, Sizes]:
+        """Return the model with a connector from as many values, and its sizes."""
         if isinstance(self.llm, str):
             language = load_language(self.llm)[0]
         else:
             language = AutoModelForCausalLM.from_config(self.llm.config(self.llm.vocab_rows))
         width = language.get_input_embeddings().embedding_dim
-        vlm = VLM(language, build_connector("linear", 64, width), 64)
+        vlm = VLM(language, build_connector("linear", features, width), features)
         counts = {part: total for part, (_, total) in parameter_counts(vlm).items()}
         if self.lora:
             vlm.add_adapters(self.lora, seed=0)
@@ -112,10 +113,13 @@ class Case:
         return PackedBatch.one_sample(ids, weights, image)
 
 
-def train_steps(case: Case, vlm: VLM, steps: int = 2) -> None:
+def train_steps(
+    case: Case, vlm: VLM, steps: int = 2, features: torch.Tensor | StoredRows | None = None
+) -> None:
     """Take some steps, as the trainer takes them."""
     batch = case.batch(image=255)
-    features = torch.randn(1, case.tokens // 2, 64, generator=torch.Generator().manual_seed(0))
+    if features is None:
+        features = torch.randn(1, case.tokens // 2, 64, generator=torch.Generator().manual_seed(0))
     optimizer = build_optimizer(vlm, TrainOptions())
     for _ in range(steps):
         for _ in range(case.micro_batches):
