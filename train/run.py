@@ -50,7 +50,7 @@ from train.data.schedule import Schedule
 from train.distributed.group import ProcessGroup, process_group
 from train.distributed.shard import fingerprint, make_whole, part_number, shard
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
-from train.stage import checkpoint, ending, run_folder, vision_tail
+from train.stage import checkpoint, ending, records, run_folder, vision_tail
 from train.stage.card import write_card
 from train.stage.saver import Saver
 from train.step import (
@@ -138,15 +138,15 @@ def train_stage(
     vlm = setup.build_model(options, origin, reader.spec, first, tail)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
-    setup.check_room(folder, options, vlm, origin, command)
+    records.check_room(folder, options, vlm, origin, command)
     with run_folder.lock(folder) if group.is_main else contextlib.nullcontext():
 
         def open_folder() -> dict[str, Any]:
             counts = parameter_counts(vlm)
             facts = run_folder.open_folder(folder, options, reader, data.train, command, counts)
-            meta = setup.model_meta(options, reader)
-            facts = setup.keep_origin(folder, facts, origin, vlm, tokenizer, meta)
-            return setup.keep_base(folder, facts, options, vlm)
+            meta = records.model_meta(options, reader)
+            facts = records.keep_origin(folder, facts, origin, vlm, tokenizer, meta)
+            return records.keep_base(folder, facts, options, vlm)
 
         facts = group.broadcast(open_folder)
         group.require_equal(lambda: starting_facts(folder, options, data, forward))
@@ -156,7 +156,7 @@ def train_stage(
         # torchrun passes on the Ctrl-C that a terminal has already sent to every process.
         with Interrupts(STOPPING if group.is_main else "", float(group.world_size > 1)) as stop:
             try:
-                meta = setup.checkpoint_meta(options, reader, facts, tokenizer, vlm)
+                meta = records.checkpoint_meta(options, reader, facts, tokenizer, vlm)
                 step = train(
                     folder,
                     options,
@@ -184,7 +184,7 @@ def train_stage(
                 if group.is_main:
                     used = data.schedule.trees.samples
                     write_card(folder, options, reader, data.train, used, origin, vlm.adapters)
-                    meta = setup.model_meta(options, reader) | {"step": step}
+                    meta = records.model_meta(options, reader) | {"step": step}
                     meta |= {"base": facts["base"]} if vlm.adapters else {}
                     save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
     say(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")

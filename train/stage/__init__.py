@@ -6,6 +6,7 @@
     saver.py         writes it while training goes on
     origin.py        what `--from` names: a run, a stage, a checkpoint or a finished model
     vision_tail.py   the encoder's last blocks, as a space has them
+    records.py       what it keeps beside its weights, and room on the disk for all of it
     card.py          what the model was trained on, for model.export
     ending.py        how a training ends early: in one line, with the command that goes on
     less_memory.py   the settings that need less memory, in order

@@ -40,7 +40,7 @@ from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train import metrics, run, setup
 from train.data import tokens
-from train.stage import checkpoint, run_folder
+from train.stage import checkpoint, records, run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -400,7 +400,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
     train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "free_bytes", lambda folder: 1_000_000)
+        patch.setattr(records, "free_bytes", lambda folder: 1_000_000)
         code, error = train("--save-every", "1")
     assert code == 2 and "1 MB are free" in error and "needs" in error
     assert not STAGE.parent.exists()
@@ -418,7 +418,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
     assert newest is not None
     real = sum(p.stat().st_size for p in newest.iterdir())
     assert real <= one < 1.2 * real
-    monkeypatch.setattr(setup, "free_bytes", lambda folder: needed + one)
+    monkeypatch.setattr(records, "free_bytes", lambda folder: needed + one)
     assert train("--run", "fits", "--save-every", "1")[0] == 0
 
 
