@@ -23,6 +23,7 @@ LONG = (
     "integration/encode/test_kill",
     *("integration/train/test_distributed", "integration/train/test_run"),
     *("integration/encode/test_videos", "integration/encode/test_pixmo_web", "vision/test_encoder"),
+    *("integration/model/test_tail", "train/stage/test_shards", "train/compare/test_compare"),
 )
 """Files that take longest: first, so that two processes end at about one time."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from PIL import Image
 
 from cache.store.samples import MediaRef, Sample, read_samples, write_samples
 from tests.support import ROOT, trained_runs
-from tests.support.trained_runs import ENVIRONMENT, turns
+from tests.support.trained_runs import turns
 from train import run
 from train.evaluate import __main__ as evaluate
 from train.evaluate.result import Evaluation
@@ -76,14 +76,16 @@ def make_task(folder: Path, out: Path) -> ModuleType:
 
 
 def test_the_task_has_every_question_that_can_be_asked(
-    evaluated: tuple[Path, Evaluation], tmp_path: Path
+    evaluated: tuple[Path, Evaluation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, result = evaluated
     words = [str(RECIPE / "make_task.py"), str(folder), "test", str(tmp_path / "task")]
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(words[0], run_name="__main__")
+    said = capsys.readouterr().out
     text = (tmp_path / "task" / "nanomolmo2.yaml").read_text()
     settings = yaml.safe_load(text.replace("!function ", ""))
     questions = Path(settings["dataset_kwargs"]["data_files"]["test"])
@@ -91,7 +93,7 @@ def test_the_task_has_every_question_that_can_be_asked(
     by_name = {answer.sample: answer for answer in result.answers}
     possible = [name for name in by_name if name.startswith(("colors/", "more/"))]
     assert [doc["id"] for doc in docs] == possible and len(possible) < len(by_name)
-    assert f"{len(docs)} questions, {len(by_name) - len(docs)} left out" in done.stdout
+    assert f"{len(docs)} questions, {len(by_name) - len(docs)} left out" in said
 
     task = load(tmp_path / "task" / "utils.py")
     for doc in docs:
