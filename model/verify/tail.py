@@ -113,11 +113,11 @@ def kept_bytes(sizes: TailSizes, rows: int, autocast: bool, checkpointing: bool)
 def backward_bytes(sizes: TailSizes, rows: int, autocast: bool, checkpointing: bool) -> int:
     """Return the bytes that the backward pass of a block needs for one chunk, beside what is kept.
 
-    Of the MLP the gradients before and behind its activation, and three of the residual stream; with
-    checkpointing the block is computed again.
+    What is kept of the MLP is freed as its gradients are made, so that one of them (with QuickGELU two) is
+    more, and three of the residual stream; with checkpointing the block is computed again.
     """
     chunk = max(1, CHUNK_TOKENS // sizes.stored) * sizes.stored
     value = 2 if autocast else 4
     again = block_bytes(sizes, autocast) if checkpointing else 0
-    working = 2 * value * sizes.hidden + 12 * sizes.width
+    working = (1 + sizes.quick) * value * sizes.hidden + 12 * sizes.width
     return min(rows * sizes.stored, chunk) * (again + working) if sizes.trained else 0
