@@ -114,10 +114,10 @@ def backward_bytes(sizes: TailSizes, rows: int, autocast: bool, checkpointing: b
     """Return the bytes that the backward pass of a block needs for one chunk, beside what is kept.
 
     What is kept of the MLP is freed as its gradients are made, so that one of them (with QuickGELU two) is
-    more, and three of the residual stream; with checkpointing the block is computed again.
+    more, and three of the residual stream; with checkpointing the block is computed again, from its input.
     """
     chunk = max(1, CHUNK_TOKENS // sizes.stored) * sizes.stored
     value = 2 if autocast else 4
-    again = block_bytes(sizes, autocast) if checkpointing else 0
+    again = block_bytes(sizes, autocast) - 4 * sizes.width if checkpointing else 0
     working = (1 + sizes.quick) * value * sizes.hidden + 12 * sizes.width
     return min(rows * sizes.stored, chunk) * (again + working) if sizes.trained else 0
