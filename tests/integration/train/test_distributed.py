@@ -64,7 +64,6 @@ HIGH = [
 ]
 """The first checkpoint is finite, but no rate trains it further."""
 SHARED = {
-    "none-2": Scene(name="none-2", words=["--shard", "none"]),
     "none-4": Scene(name="none-4", words=["--shard", "none"], processes=4),
     "full-4": Scene(name="full-4", words=["--shard", "full"], processes=4),
     "node-4": Scene(name="node-4", words=["--shard", "node"], processes=4, a_machine=2),
