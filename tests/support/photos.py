@@ -10,6 +10,7 @@ GIF, an image the camera held sideways, sizes from 14 x 25 to 1411 x 1411.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import struct
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import skimage.data
-import sklearn.datasets
 from PIL import Image, PngImagePlugin
 
 CAPTIONS = {
@@ -147,7 +147,11 @@ def make_folder(folder: Path) -> Path:
 
 def _original(name: str) -> Path:
     here = Path(skimage.data.__file__).parent / name
-    return here if here.exists() else Path(sklearn.datasets.__file__).parent / "images" / name
+    if here.exists():
+        return here
+    spec = importlib.util.find_spec("sklearn")  # importing it takes seconds
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "images" / name
 
 
 def _save(source: Path, folder: Path) -> Path:
