@@ -150,12 +150,12 @@ def test_trained_blocks_learn_what_frozen_features_do_not_tell(opposite: Path) -
     """With a language model that trains, too: of four colours it can only learn how frequent they are."""
     last = {}
     for blocks in (0, 2):
-        words = ("--train-vision-blocks", str(blocks), "--vision-learning-rate", "3e-3")
-        words += ("--max-steps", "80", "--connector-learning-rate", "3e-3")
+        words = ("--train-vision-blocks", str(blocks), "--vision-learning-rate", "1e-2")
+        words += ("--max-steps", "120", "--connector-learning-rate", "3e-3")
         found = losses(run_stage(opposite, f"blocks-{blocks}", *words))
         last[blocks] = sum(found[-10:]) / 10
     print(
-        f"loss of the last 10 of 80 steps: frozen {last[0]:.4f}, two blocks trained {last[2]:.4f}"
+        f"loss of the last 10 of 120 steps: frozen {last[0]:.4f}, two blocks trained {last[2]:.4f}"
     )
     # An answer has 7.25 tokens in the mean, and without the image the colour costs ln(4) of each.
     assert last[0] > 0.9 * math.log(4) / 7.25

@@ -171,7 +171,7 @@ def test_frames_need_more_than_images_and_recomputing_less() -> None:
     step = Step(tokens=8192, checkpointing=False, gpu=True)
     images, frames = (step_bytes(qwen3(3, array), step)["total"] for array in ("image", "frame"))
     # 577 stored tokens are computed for 576 of an image, or for 64 of a frame: 9 times as many.
-    assert frames - images > 6 * (images - step_bytes(qwen3(0), step)["total"])
+    assert frames - images > 5 * (images - step_bytes(qwen3(0), step)["total"])
     again = dataclasses.replace(step, checkpointing=True)
     less = [step_bytes(qwen3(3, "frame"), one)["activations"] for one in (again, step)]
     assert less[0] < 0.2 * less[1]
