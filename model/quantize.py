@@ -42,12 +42,20 @@ class Packed:
     """(B,) float32: |unpacked - features| / |features|, 0 for a row of zeros."""
     finite: torch.Tensor
     """(B,) bool; False for features with NaN or Inf, whose row must not be stored."""
-    clipped: int
-    """Values that were clipped to float16's range, in all finite rows."""
+    clipped: torch.Tensor
+    """(B,) int64: values that were clipped to float16's range; 0 for a row that is not finite."""
+
+
+def occurs(rare: torch.Tensor) -> bool:
+    """Return whether to compute what only rare values need: if there are any; on a GPU always.
+
+    Asking a GPU means to wait for it, which takes longer.
+    """
+    return rare.is_cuda or bool(rare.any())
 
 
 def pack(features: torch.Tensor, codec: str) -> Packed:
-    """Pack features (B, M, V) of any float dtype into rows, on their device.
+    """Pack features (B, M, V) of any float dtype into rows, on their device, without waiting for a GPU.
 
     Raises:
         ValueError: the codec is unknown, or V is not a multiple of its block.
@@ -60,12 +68,14 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     x = x.float()
     largest = x.flatten(1).abs().amax(1)  # (B,); NaN and Inf propagate
     finite = torch.isfinite(largest)
-    if not finite.all():
+    if occurs(~finite):
         x = torch.where(finite[:, None, None], x, 0.0)
-    clipped, clean = 0, x
-    if (largest > LIMIT).any():
-        clipped = int((x.abs() > LIMIT).sum())
-        clean = x.clamp(-LIMIT, LIMIT)
+    clipped, clean = torch.zeros_like(finite, dtype=torch.int64), x
+    # Squares of values beyond float16's range may overflow float32.
+    precision = torch.float32
+    if occurs(largest > LIMIT):
+        clipped = (x.abs() > LIMIT).sum((1, 2))
+        clean, precision = x.clamp(-LIMIT, LIMIT), torch.float64
     if codec == "fp16":
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
@@ -73,8 +83,6 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
             parts = pieces(batch, tokens * width // BLOCK, x.device)
             # Rounded first, so that cache.convert gets equal rows from stored fp16 rows.
             rows = torch.cat([_pack_rows(clean[part].half().float(), codec) for part in parts])
-    # Squares of values beyond float16's range may overflow float32.
-    precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
     off = unpack(rows, codec, tokens, width, torch.float32).sub_(x).flatten(1)
     lost = torch.linalg.vector_norm(off, dim=1, dtype=precision)

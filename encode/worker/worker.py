@@ -5,7 +5,7 @@
     outcomes += worker.flush()          # everything is encoded and committed now
     worker.close()
 
-    prefetcher: read, download, reserve, decode (threads) -> encode and pack (here) -> row_writer (thread)
+    prefetcher: read, download, reserve, decode (threads) -> pipeline: encode, pack -> row_writer (thread)
 
 A batch has one fixed shape and may hold inputs of several sources; images and frames have a batch each. A
 source is `ok` only once all its rows are committed. A row does not depend on batch order or on what else is
@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 
 from cache.format.spec import ARRAY_OF
@@ -36,8 +35,8 @@ from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Prefetcher
 from encode.worker.row_writer import RowWriter
 from model.media.images import DecodedImage, Failure
-from model.quantize import pack
 from model.vision.encoder import VisionEncoder
+from model.vision.pipeline import Done, Pipeline
 
 REPORT_EVERY_S = 1.0
 """Seconds between two reports to the coordinator, and so the delay of a stop."""
@@ -94,6 +93,7 @@ class Worker:
             done=self._done.append,
             commit_every_s=config.commit_every_s,
         )
+        self._pipeline: Pipeline[list[EncoderInput]] = Pipeline(encoder, spec.codec)
         self._under_way = 0  # sources that the prefetcher has not delivered completely
         self._batches: dict[str, list[EncoderInput]] = {array: [] for array in ARRAY_OF.values()}
         self._timings = Timings()
@@ -127,6 +127,7 @@ class Worker:
         if self._running:
             for array in self._batches:
                 self._encode(array)
+        self._drain()
         self._writer.commit()
         self._coordinator.report(self._number, self.timings())
         return self._take_done()
@@ -138,6 +139,7 @@ class Worker:
     def close(self) -> None:
         """End the threads and release the lease. Rows that are not committed are lost."""
         self._prefetcher.close()
+        self._pipeline.close()
         self._writer.close()
         self._decode_log.close()
         self._lease.__exit__(None, None, None)
@@ -180,7 +182,9 @@ class Worker:
             self._batches[array].append(got)
             if len(self._batches[array]) == self._batch_size:
                 self._encode(array)
-        elif got is not None:
+        elif got is None:
+            self._drain()  # nothing follows soon that would have them taken
+        else:
             self._under_way -= 1
             if is_url(got.task.source):
                 self._timings.download_s += got.read_s
@@ -191,39 +195,47 @@ class Worker:
             self._finish(got)
 
     def _encode(self, array: str) -> None:
-        """Encode and pack the inputs of one batch."""
+        """Start the batch of an array, and take the batches that are done."""
         batch, self._batches[array] = self._batches[array], []
         if not batch:
             return
         start = time.perf_counter()
-        try:
-            features = self._encoder.encode(np.stack([one.pixels for one in batch]), array)
-            packed = pack(features, self.space.spec.codec)
-            rows = packed.rows.cpu().numpy()
-        except RuntimeError as error:  # torch raises it for every error, out of memory included
-            for one in batch:
-                self._fail(one.item, self.our_error(error))
-        else:
-            finite, errors = packed.finite.tolist(), packed.error.tolist()
-            for one, row, is_finite, error_ in zip(batch, rows, finite, errors, strict=True):
-                one.item.rows.append(
-                    NewRow(
-                        key=one.item.key,
-                        view=one.view,
-                        payload=row.data,
-                        time_s=one.time_s,
-                        error=error_,
-                    )
-                )
-                if not is_finite:
-                    self._fail(one.item, f"{self.space.spec.name}: the features hold NaN or Inf")
-            self._timings.clipped += packed.clipped
-            self._timings.rows += len(batch)
+        done = self._pipeline.put([one.pixels for one in batch], array, batch)
         self._timings.encode_s += time.perf_counter() - start
-        for one in batch:
-            one.item.pending -= 1
-        for item in dict.fromkeys(one.item for one in batch):
-            self._finish(item)
+        self._take_rows(done)
+
+    def _drain(self) -> None:
+        """Take the batches in flight."""
+        start = time.perf_counter()
+        done = self._pipeline.drain()
+        self._timings.encode_s += time.perf_counter() - start
+        self._take_rows(done)
+
+    def _take_rows(self, batches: Iterable[Done[list[EncoderInput]]]) -> None:
+        """Give the rows of batches to their items, and finish the items that are complete."""
+        for done in batches:
+            if done.failure is not None:
+                for one in done.label:
+                    self._fail(one.item, self.our_error(done.failure))
+            else:
+                self._keep(done)
+                self._timings.clipped += int(done.clipped.sum())
+                self._timings.rows += len(done.rows)
+            for one in done.label:
+                one.item.pending -= 1
+            for item in dict.fromkeys(one.item for one in done.label):
+                self._finish(item)
+
+    def _keep(self, done: Done[list[EncoderInput]]) -> None:
+        """Give each row to its item."""
+        facts = zip(done.rows, done.error.tolist(), done.finite.tolist(), strict=True)
+        for one, (row, error, is_finite) in zip(done.label, facts, strict=True):
+            new = NewRow(
+                key=one.item.key, view=one.view, payload=row.data, time_s=one.time_s, error=error
+            )
+            one.item.rows.append(new)
+            if not is_finite:
+                self._fail(one.item, f"{self.space.spec.name}: the features hold NaN or Inf")
 
     def _fail(self, item: MediaItem, reason: str) -> None:
         item.failure = item.failure or Failure("encode", reason)  # decoding may have failed before

@@ -5,6 +5,8 @@
 
     config              the entry: tower, blocks, fit, pooling, precision
     encoder             load, encode, rebuild from what a space records
+    pipeline            batches to packed rows, two in flight, without waiting for a GPU inside a batch
+    replay              a computation on CUDA, recorded once and replayed
     clip_tower          open_clip's towers (CLIP, SigLIP), cut down to the blocks asked for
     hf_tower            transformers' towers (CLIP, SigLIP, DINOv2, DINOv3), cut down as well
     demo_tower          a tiny random tower that needs no download

@@ -26,12 +26,13 @@ import torch
 from PIL import Image
 
 from cache.format.codec import FP16_MAX
-from cache.format.spec import FeatureSpec
+from cache.format.spec import ARRAYS, FeatureSpec
 from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
 from model.media.fit import InputFit, resize_text
 from model.media.images import DecodedImage
+from model.quantize import occurs
 from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
 from model.vision.replay import Replay
@@ -70,7 +71,10 @@ class VisionEncoder:
         wanted = config.compute_dtype
         self.dtype = native_dtype(device) if wanted == "auto" else DTYPES[wanted]
         self._tower = built.tower.to(device, self.dtype).eval().requires_grad_(False)
-        self._replay = Replay(self._tower)
+        # Looked up when called, as tests replace it.
+        self._replay = {
+            array: Replay(lambda x, array=array: self.features(x, array)) for array in ARRAYS
+        }
         self.input = InputFit(
             size=built.tower.image_size,
             fit=config.fit,
@@ -140,26 +144,43 @@ class VisionEncoder:
                 f"pixels {pixels.shape} {pixels.dtype}, expected (n, {side}, {side}, 3) uint8"
             )
         done = [torch.empty(0, spec.tokens(array), spec.width, device=self.device)]
+        clipped = []
         for start in range(0, len(pixels), spec.batch_size):
             part = pixels[start : start + spec.batch_size]
             batch = np.zeros((spec.batch_size, *pixels.shape[1:]), np.uint8)
             batch[: len(part)] = part
-            done.append(_pool(self._forward(batch), spec.pool(array))[: len(part)])
+            x, over = self._replay[array](torch.from_numpy(batch).to(self.device))
+            done.append(x[: len(part)].clone())  # the next batch overwrites it
+            clipped.append(over[: len(part)].sum())
+        if clipped and (values := int(torch.stack(clipped).sum())):
+            log.warning("%d values beyond float16 were clipped before pooling", values)
         return torch.cat(done)
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor, array: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode one batch on the device, without waiting for it.
+
+        Args:
+            pixels: (B, S, S, 3) uint8, on the encoder's device; B is the batch size.
+            array: `image` or `frame`.
+
+        Returns:
+            Features (B, M, V) float32, pooled as for `array`; (B,) values clipped before pooling, int64.
+        """
+        x = self._scale(pixels).to(self.dtype)
+        # By default cuDNN computes convolutions of float32 in TF32, which has 10 bits of mantissa.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = torch.cat([block.float() for block in self._tower(x)], dim=-1)
+        return _pool(x, self.spec("fp16").pool(array))
 
     def normalize(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Return the input of the tower: (B, S, S, 3) uint8 -> (B, 3, S, S) float32, on the device."""
-        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div(255)
-        return x.sub(self._mean).div(self._std)
+        return self._scale(torch.from_numpy(pixels).to(self.device))
 
-    @torch.no_grad()
-    def _forward(self, batch: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Run the tower: (B, S, S, 3) uint8 -> (B, N, V) float32."""
-        x = self.normalize(batch).to(self.dtype)
-        # By default cuDNN computes convolutions of float32 in TF32, which has 10 bits of mantissa.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            # A copy also where nothing is converted: the next batch overwrites the outputs.
-            return torch.cat([block.float() for block in self._replay(x)], dim=-1)
+    def _scale(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the input of the tower, from pixels on the device."""
+        x = pixels.permute(0, 3, 1, 2).float().div(255)
+        return x.sub(self._mean).div(self._std)
 
 
 def load_encoder(
@@ -371,18 +392,19 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
     return spec
 
 
-def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
+def _pool(x: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Average window x window patches: (B, N, V) -> (B, N / window^2, V) float32.
 
     Values are rounded to float16 first and summed in a fixed order, so that `cache.convert`, which pools
     stored rows, gives equal bits. Finite values beyond float16 are clipped, as they are when stored; NaN and
-    Inf stay.
+    Inf stay. The second result is how many were clipped, (B,) int64.
     """
+    clipped = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     if window == 1:
-        return x
+        return x, clipped
     over = (x.abs() > float(FP16_MAX)) & x.isfinite()
-    if over.any():
-        log.warning("%d values beyond float16 were clipped before pooling", int(over.sum()))
+    if occurs(over):
+        clipped = over.sum((1, 2))
         x = torch.where(over, x.sign() * float(FP16_MAX), x)
     batch, patches, width = x.shape
     side = round(patches**0.5) // window  # windows along one side of the grid
@@ -392,4 +414,4 @@ def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
     for row in range(window):
         for column in range(window):
             total += blocks[:, :, row, :, column]
-    return total.mul_(1 / window**2).flatten(1, 2)
+    return total.mul_(1 / window**2).flatten(1, 2), clipped

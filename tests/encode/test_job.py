@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
 
 from cache.errors import DiskError
-from cache.format.codec import pack
+from cache.format.codec import pack, unpack
 from cache.store.ledger import read_media
 from cache.store.writer import ShardWriter
 from configs import UserError
@@ -234,25 +233,30 @@ def test_another_encoder_gets_another_space_and_keeps_the_samples(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OddConfig(WorkerConfig):
-    """An encoder that returns NaN for images whose pixels have these sums, or raises."""
+    """An encoder that returns NaN for images whose pixels have these sums, or raises for their batches."""
 
     nan: tuple[int, ...] = ()
+    breaks: tuple[int, ...] = ()
     raises: str = ""
 
     def load(self) -> VisionEncoder:
         encoder = super().load()
-        original = encoder.encode
+        original = encoder.features
 
-        def encode_oddly(pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
-            if self.raises == "always" or (self.raises and pixels.any()):
+        def features_oddly(
+            pixels: torch.Tensor, array: str = "image"
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            sums = [int(image.sum()) for image in pixels]
+            broken = any(number in self.breaks for number in sums)
+            if broken or self.raises == "always" or (self.raises and pixels.any()):
                 raise torch.OutOfMemoryError("no memory left\non this device")
-            features = original(pixels, array)
-            for i, image in enumerate(pixels):
-                if int(image.sum()) in self.nan:
+            features, clipped = original(pixels, array)
+            for i, number in enumerate(sums):
+                if number in self.nan:
                     features[i, 0, 0] = float("nan")
-            return features
+            return features, clipped
 
-        encoder.encode = encode_oddly  # type: ignore[method-assign]
+        encoder.features = features_oddly  # type: ignore[method-assign]
         return encoder
 
 
@@ -280,6 +284,23 @@ def test_nan_fails_only_the_image_that_has_it(photos: Path, job: Encode) -> None
     # It does not count for another encoder.
     other = dataclasses.replace(CONFIG, encoder=dataclasses.replace(TINY, seed=1))
     assert job(config=other).failures() == {}
+
+
+def test_a_batch_that_does_not_fit_the_memory_fails_and_no_other(photos: Path, job: Encode) -> None:
+    """Its neighbours are in flight at the same time. The images of a batch of 4 fail with it."""
+    draw(photos, 30, first=14)
+    encoder = load_encoder(TINY, device="cpu")
+    prepared = encoder.prepare(decode_image((photos / "0009.png").read_bytes()))
+    result = job(config=odd(breaks=(int(prepared.sum()),)))
+    assert set(result.failures()) == {f"00{number:02}.png" for number in (8, 9, 10, 11)}
+    stage, error = result.failures()["0009.png"]
+    assert stage == "encode" and "OutOfMemoryError: no memory left on this device" in str(error)
+    assert result.reader.rows("image") == 40
+    for name in ("0007.png", "0012.png", "0043.png"):
+        image = decode_image((photos / name).read_bytes())
+        alone = encoder.encode(encoder.prepare(image)[None]).numpy()
+        stored = result.reader.read("image", key_of(result, name))
+        assert np.array_equal(stored, unpack(pack(alone, "int8"), "int8", 4, 64)[0])
 
 
 def test_too_many_errors_of_our_own_stop_the_job(photos: Path, job: Encode) -> None:

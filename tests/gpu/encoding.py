@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import nanomolmo2 as nm
 from cache.format import codec
+from cache.format.spec import ARRAYS
 from cache.store.paths import CacheRoot
 from cache.verify import main as verify
 from encode.run import main as encode
@@ -24,6 +27,7 @@ from model.io.device import DTYPES, native_dtype
 from model.media.images import decode_image
 from model.vision.config import EncoderConfig, encoder_config
 from model.vision.encoder import VisionEncoder, _pool, load_encoder
+from model.vision.pipeline import IN_FLIGHT, Pipeline
 from nanomolmo2.unpack import unpack
 from tests.gpu.lines import Lines, Scale, difference, unequal_rows
 from tests.support import tiny_clip
@@ -38,6 +42,8 @@ def check_encoding(lines: Lines, scale: Scale, folder: Path) -> None:
     """Check everything about encoding."""
     with lines.part("encode: the tower"):
         check_tower(lines, scale)
+    with lines.part("encode: two batches in flight"):
+        check_pipeline(lines, scale)
     with lines.part("encode: tiny towers"):
         check_tiny_towers(lines, scale, folder / "towers")
     with lines.part("encode: a job"):
@@ -69,8 +75,49 @@ def check_tower(lines: Lines, scale: Scale) -> None:
     alone = torch.cat([encoder.encode(pixels[i : i + 1]) for i in range(len(pixels))])
     lines.at_most("encode: alone in a batch: rows that differ", unequal_rows(ours, alone), 0)
     pooled = encoder.encode(pixels, "frame")
-    by_cpu = _pool(ours.cpu(), encoder.spec("fp16").pool("frame"))
+    by_cpu, _ = _pool(ours.cpu(), encoder.spec("fp16").pool("frame"))
     lines.at_most("encode: pooled here or later: rows that differ", unequal_rows(pooled, by_cpu), 0)
+
+
+def check_pipeline(lines: Lines, scale: Scale) -> None:
+    """Compare rows of batches in flight with those of one after another; nothing in a batch may wait."""
+    encoder = encoder_of(scale)
+    batch = encoder.spec("fp16").batch_size
+    pixels = tiny_clip.noise(2 * batch + 1, encoder.tower.image_size)
+    parts = [pixels[at : at + batch] for at in range(0, len(pixels), batch)]
+    wrong, waited = 0, []
+    for name in codec.CODECS:
+        for array in ARRAYS:
+            one_by_one = quantize.pack(encoder.encode(pixels, array), name).rows
+            pipeline: Pipeline[int] = Pipeline(encoder, name)
+            done = [one for part in parts for one in pipeline.put(list(part), array, 0)]
+            done += pipeline.drain()
+            with no_waiting(scale):  # the work is recorded by now
+                for part in parts[:IN_FLIGHT]:
+                    assert pipeline.put(list(part), array, 1) == []
+            done += pipeline.drain()
+            waited += [str(one.failure) for one in done if one.failure is not None]
+            rows = np.concatenate([one.rows for one in done if one.label == 0])
+            again = np.concatenate([one.rows for one in done if one.label == 1])
+            wrong += unequal_rows(torch.from_numpy(rows), one_by_one)
+            wrong += unequal_rows(torch.from_numpy(again), one_by_one[: len(again)])
+    print(*dict.fromkeys(waited), sep="\n")
+    lines.at_most("encode: in flight: batches that wait for the device", len(waited), 0)
+    lines.at_most("encode: in flight: rows that differ", wrong, 0)
+
+
+@contextlib.contextmanager
+def no_waiting(scale: Scale) -> Iterator[None]:
+    """Make torch raise where the host would wait for a GPU: for a value, or a copy that is not pinned."""
+    if not scale.on_gpu:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def check_tiny_towers(lines: Lines, scale: Scale, folder: Path) -> None:

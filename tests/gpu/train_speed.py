@@ -56,7 +56,7 @@ class LiveForward(Forward):
             for at in range(0, len(pixels), TOWER_BATCH):
                 x = self.encoder.normalize(pixels[at : at + TOWER_BATCH]).to(self.encoder.dtype)
                 blocks = torch.cat([b.float() for b in self.encoder.tower(x)], dim=-1)
-                parts.append(_pool(blocks, window).half())
+                parts.append(_pool(blocks, window)[0].half())
         return torch.cat(parts).flatten(0, 1).index_select(0, micro.order)
 
 

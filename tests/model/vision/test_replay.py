@@ -1,4 +1,4 @@
-"""Replaying a tower: on a CPU the tower itself. What CUDA records is compared in tests/gpu/encoding.py.
+"""Replaying: on a CPU the computation itself. What CUDA records is compared in tests/gpu/encoding.py.
 
 run = Replay(tower)
 blocks = run(x)
@@ -42,7 +42,7 @@ def test_a_tower_that_cannot_be_recorded_runs_as_it_is(
     monkeypatch.setattr(Replay, "_record", fail)
     monkeypatch.setattr(replay.torch.cuda, "synchronize", lambda _device: None)
     x = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(1,), dtype=None)
-    run._tower = lambda given: [given]  # type: ignore[assignment]
+    run._work = lambda given: [given]  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
         assert run(x) == [x]  # type: ignore[arg-type]
         assert run(x) == [x]  # type: ignore[arg-type]
