@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,11 @@ class VisionEncoder:
         wanted = config.compute_dtype
         self.dtype = native_dtype(device) if wanted == "auto" else DTYPES[wanted]
         self._tower = built.tower.to(device, self.dtype).eval().requires_grad_(False)
-        # Looked up when called, as tests replace it.
-        self._replay = {
-            array: Replay(lambda x, array=array: self.features(x, array)) for array in ARRAYS
-        }
+
+        def features(x: torch.Tensor, array: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.features(x, array)  # looked up when it is called, as tests replace it
+
+        self._replay = {array: Replay(partial(features, array=array)) for array in ARRAYS}
         self.input = InputFit(
             size=built.tower.image_size,
             fit=config.fit,
