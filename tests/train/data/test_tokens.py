@@ -236,7 +236,7 @@ def test_progress_is_shown_and_the_end_is_logged(
     with caplog.at_level(logging.INFO, "train.data.tokens"):
         opened(root, folder)
     assert "  tokenise d  1" in capsys.readouterr().err
-    assert "d: 2 samples, " in caplog.text
+    assert "d: 4 samples, " in caplog.text
 
 
 @pytest.mark.parametrize(
