@@ -23,7 +23,7 @@ from encode.plan.probe import KindCost, Probe
 DECODE_S = 0.015
 """Assumed where nothing was probed: processor seconds to read and decode an image of about 1 megapixel."""
 
-SOURCE_CPU_S = 0.0015
+SOURCE_CPU_S = 0.001
 """Processor seconds of our own code for a source: to hand it on, to reserve, record and commit it."""
 
 ROW_BYTE_CPU_S = 1.5e-9
@@ -126,7 +126,7 @@ def estimate(
         decode_cpu_s += asked * web.cpu_s
     cpu_s = decode_cpu_s + encode_cpu_s + nbytes * ROW_BYTE_CPU_S
     most = "encode" if encode_cpu_s > decode_cpu_s else "decode"
-    bounds[most] = max(bounds.get(most, 0.0), cpu_s / speed.cores)
+    bounds[most] = max(bounds.get(most, 0.0), cpu_s / (speed.cores * found.share))
     readers = max(2, min(READERS, speed.cores))
     read_s = num_images * images.read_s + plan.videos * videos.read_s
     bounds["read"] = read_s / readers

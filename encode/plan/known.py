@@ -11,6 +11,7 @@ A source that is gone keeps the key that it had when it was last read: see `cach
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from cache.store.commits import KEY_BYTES
 from cache.store.ledger import note_subjects
 from cache.store.space import Present
 from encode.plan.media import KINDS, Media
-from encode.plan.numbering import Ints, Mask
+from encode.plan.numbering import Column, Ints, Mask
 from encode.worker.messages import OWN_STAGES
 
 OWN_ATTEMPTS = 3
@@ -76,7 +77,8 @@ class Known:
         """Views of a video that are not in the space, if its duration is known."""
         self._notes = np.zeros(n, np.uint16)
         self._subjects: list[tuple[str, ...]] = [()]
-        self._keys = np.zeros((n, KEY_BYTES), np.uint8)  # where no hash is stated
+        # Keys of sources for which no hash is stated, and 1 + the place of each among them.
+        self._keys, self._key_at = Column(np.uint8, KEY_BYTES), np.zeros(n, np.uint32)
 
     # ---- the columns
 
@@ -126,7 +128,14 @@ class Known:
 
     def keys(self, numbers: Ints) -> npt.NDArray[np.uint8]:
         """Return the keys (k, 32) of sources (k,) that are keyed and for which no hash is stated."""
-        return np.asarray(self._keys[numbers])
+        return np.asarray(self._keys.values[self._key_at[numbers].astype(np.int64) - 1])
+
+    def part(self, start: int, stop: int) -> Known:
+        """Return the rows about the sources from `start` to `stop`, for reading."""
+        part = copy.copy(self)
+        for name in ("_bits", "stamps", "attempts", "new_rows", "_notes", "_key_at"):
+            setattr(part, name, getattr(self, name)[start:stop])
+        return part
 
     def subjects(self, numbers: Ints) -> dict[str, int]:
         """Return subject -> how many of these sources have a note about it."""
@@ -188,8 +197,7 @@ class Known:
         stated = self._media.stated[at]
         differs = np.zeros(len(at), bool)
         differs[stated] = (self._media.keys(at[stated]) != keys[stated]).any(axis=1)
-        free = np.flatnonzero(~stated)
-        self._keys[at[free]] = keys[free]
+        self._put_keys(at[~stated], keys[~stated])
         images = np.flatnonzero(same_kind & (self._media.kinds[at] == KINDS.index("image")))
         in_space = np.zeros(len(at), bool)
         in_space[images] = self._present.have_images(keys[images])
@@ -212,6 +220,13 @@ class Known:
             bits[where] |= np.uint16(bit)
         self._bits[at] = self._bits[at] & _OF_ROW | bits
         self._write(self._notes, at, self._note_numbers(table))
+
+    def _put_keys(self, at: Ints, keys: npt.NDArray[np.uint8]) -> None:
+        """Remember the keys (k, 32) of sources `at` (k,)."""
+        new = self._key_at[at] == 0
+        self._key_at[at[new]] = len(self._keys) + 1 + np.arange(new.sum())
+        self._keys.extend(keys[new])
+        self._keys.values[self._key_at[at[~new]].astype(np.int64) - 1] = keys[~new]
 
     def _note_numbers(self, table: pa.Table) -> Ints:
         """Return a number in `_subjects` for the note of each row."""

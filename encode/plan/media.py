@@ -64,8 +64,7 @@ class Media:
     def __init__(self) -> None:
         self.sources = Texts()
         """(n,) URL, path, or name of embedded media."""
-        self.numbers = Numbers()
-        """Source -> number."""
+        self._numbers: Numbers | None = Numbers()
         self._kinds = Column(np.uint8)
         self._stated = Column(np.bool_)
         self._keys: Column | None = None  # 32 bytes for each source, once one has a stated hash
@@ -99,6 +98,16 @@ class Media:
         if self._keys is None:
             return np.zeros((len(numbers), KEY_BYTES), np.uint8)
         return np.asarray(self._keys.values[numbers])
+
+    @property
+    def numbers(self) -> Numbers:
+        """Source -> number."""
+        assert self._numbers is not None, "they are forgotten"
+        return self._numbers
+
+    def forget_numbers(self) -> None:
+        """Free the memory of `numbers`. Nothing can be added or found after that."""
+        self._numbers = None
 
     def mention(self, number: int) -> Mention:
         """Return what is known of one source."""

@@ -102,7 +102,7 @@ def make_plan(
     """Sort media into those to encode and those that need no work.
 
     Args:
-        media: what the samples mention.
+        media: what the samples mention. Its numbers are forgotten: they take a quarter of the memory.
         ledger: rows of the media table, later ones behind: `cache.store.ledger.MediaRows`. It is read again
             where URLs are recognised by their stated hash.
         present: the rows of the space.
@@ -114,37 +114,39 @@ def make_plan(
     known = Known(media, present, space=space, max_frames=max_frames)
     for table in ledger:
         known.read(table)
+    media.forget_numbers()
     stamps, hosts = _identify(media)
-    web = hosts >= 0
-    gone = ~web & (stamps == 0)
-    here, in_space = known.here, known.in_space
-    unchanged = here & (web | ((stamps == known.stamps) & (not rehash)))
-    # The URL returned other bytes than the data set states: download them again, and verify.
-    other_bytes = web & here & known.differs
-    unchanged &= ~other_bytes | known.failed
-    in_space &= ~other_bytes
-    lost = gone & in_space  # features outlive their file
-    gone_before = gone & ~in_space & here & known.failed_at_fetch
-    missing = gone & ~lost & ~gone_before
-    kept = ~gone & unchanged & in_space
-    candidates = np.flatnonzero(web & ~in_space & media.stated)
+    state = np.empty(len(media), np.uint8)
+    unchanged = np.empty(len(media), bool)
+    for start in range(0, len(media), SORTED_AT_ONCE):
+        part = slice(start, start + SORTED_AT_ONCE)
+        state[part], unchanged[part] = _sort(
+            known.part(part.start, part.stop),
+            stamps[part],
+            hosts[part] >= 0,
+            rehash=rehash,
+            retry_failed=retry_failed,
+        )
+    del stamps
+    unused = (state == FAILED) | (state == TODO)
+    candidates = np.flatnonzero(unused & (hosts >= 0) & media.stated)
     recognised, twins = _recognise(media, candidates, ledger, present)
-    twin = np.zeros(len(media), bool)
-    twin[recognised] = True
-    failed = ~gone & ~kept & ~twin & unchanged & known.final & (not retry_failed)
-    todo = np.flatnonzero(~gone & ~kept & ~twin & ~failed)
+    state[recognised] = RECOGNISED
+    del unused, candidates
 
-    notes = Counter(known.subjects(np.flatnonzero(lost | kept)))
+    notes = Counter(known.subjects(np.flatnonzero(state == REUSED)))
     for record in (twins[media.mention(i)] for i in recognised.tolist()):  # type: ignore[index]
         notes.update(note_subjects(record.note) if record.note else ())
+    todo = np.flatnonzero(state == TODO)
     new_rows, unread, untimed = _count_rows(media, known, todo, unchanged[todo], max_frames)
     todo_hosts = hosts[todo]
-    order = spread(todo_hosts)
-    todo = todo[order]
     of_host = np.bincount(todo_hosts[todo_hosts >= 0], minlength=1)
-    at = np.flatnonzero(missing)
+    todo = todo[spread(todo_hosts)]
+    del todo_hosts
+    gone = np.flatnonzero(state == MISSING)
+    counts = np.bincount(state, minlength=len(STATES))
     return Plan(
-        todo=Tasks(media, known, todo, unchanged=unchanged[todo], web=web[todo]),
+        todo=Tasks(media, known, todo, unchanged=unchanged[todo], web=hosts[todo] >= 0),
         new_rows=new_rows,
         unread=unread,
         videos=int((media.kinds[todo] == KINDS.index("video")).sum()),
@@ -153,12 +155,50 @@ def make_plan(
         downloads=int(of_host.sum()),
         hosts=int((of_host > 0).sum()),
         busiest=int(of_host.max()),
-        reused=int((lost | kept | twin).sum()),
+        reused=int(counts[REUSED] + counts[RECOGNISED]),
         notes=notes,
-        known_failures=int((gone_before | failed).sum()),
-        missing=MissingFiles(media, at, np.where(here, known.attempts, 0)[at]),
+        known_failures=int(counts[FAILED]),
+        missing=MissingFiles(media, gone, np.where(known.here, known.attempts, 0)[gone]),
         recognised=Recognised(media, recognised, twins),
     )
+
+
+SORTED_AT_ONCE = 1 << 20
+"""Sources that are sorted together: it bounds the memory of the columns between."""
+
+STATES = TODO, REUSED, FAILED, MISSING, RECOGNISED = range(5)
+"""What becomes of a source."""
+
+
+def _sort(
+    known: Known, stamps: npt.NDArray[np.uint64], web: Mask, *, rehash: bool, retry_failed: bool
+) -> tuple[npt.NDArray[np.uint8], Mask]:
+    """Sort sources (k,) by what is known of them.
+
+    Args:
+        known: what the ledger says about them.
+        stamps: identity of each file now; 0: there is none.
+        web: whether each is a URL.
+        rehash: as of `make_plan`.
+        retry_failed: as of `make_plan`.
+
+    Returns:
+        the state of each, and whether what the ledger says is still valid.
+    """
+    gone = ~web & (stamps == 0)
+    here, in_space = known.here, known.in_space
+    unchanged = here & (web | ((stamps == known.stamps) & (not rehash)))
+    # The URL returned other bytes than the data set states: download them again, and verify.
+    other_bytes = web & here & known.differs
+    unchanged &= ~other_bytes | known.failed
+    in_space &= ~other_bytes
+    state = np.full(len(web), TODO, np.uint8)
+    state[gone] = MISSING
+    state[gone & here & known.failed_at_fetch] = FAILED
+    if not retry_failed:
+        state[~gone & unchanged & known.final] = FAILED
+    state[in_space & (gone | unchanged)] = REUSED  # features outlive their file
+    return state, unchanged
 
 
 def _identify(media: Media) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
@@ -239,21 +279,28 @@ def _count_rows(
     video = media.kinds[todo] == KINDS.index("video")
     keyed = unchanged & known.keyed[todo]
     timed = video & keyed & known.timed[todo]
-    rows = np.where(video, max_frames, 1)
+    rows = np.where(video, np.int32(max_frames), np.int32(1))
     rows[timed] = known.new_rows[todo[timed]]
-    exact = keyed & (timed | ~video)
+    unread = int((~keyed | video & ~timed).sum())
     # 8 bytes of a key are enough to count with, and one bit tells the kinds apart.
     stated = media.stated[todo] & ~(keyed & known.differs[todo])
-    heads = np.arange(len(todo), dtype=np.uint64)  # different: no key
+    again = np.zeros(len(todo), bool)  # whether a source before it has the same bytes
+    places, heads = [], []
     for where, keys in ((stated, media.keys), (keyed & ~media.stated[todo], known.keys)):
         at = np.flatnonzero(where)
         for start in range(0, len(at), AT_ONCE):
             some = at[start : start + AT_ONCE]
             head = np.ascontiguousarray(keys(todo[some])[:, :8]).view(np.uint64).ravel()
-            heads[some] = head << np.uint64(1) | video[some].astype(np.uint64)
-    first = np.unique(heads, return_index=True)[1]
+            places.append(some)
+            heads.append(head << np.uint64(1) | video[some].astype(np.uint64))
+    if places:
+        at = np.concatenate(places)
+        order = np.argsort(at)
+        first = np.unique(np.concatenate(heads)[order], return_index=True)[1]
+        again[at] = True
+        again[at[order[first]]] = False
     counted = {}
-    for kind, of_kind in (("image", ~video[first]), ("video", video[first])):
+    for kind, of_kind in (("image", ~video & ~again), ("video", video & ~again)):
         if of_kind.any():
-            counted[ARRAY_OF[kind]] = int(rows[first[of_kind]].sum())
-    return counted, int((~exact).sum()), int((video & ~timed).sum())
+            counted[ARRAY_OF[kind]] = int(rows[of_kind].sum(dtype=np.int64))
+    return counted, unread, int((video & ~timed).sum())

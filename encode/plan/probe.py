@@ -113,6 +113,8 @@ class Probe:
     """None if no URL was downloaded."""
     kept: float = 0.0
     """Share of the URLs whose bytes are in the media store."""
+    share: float = 1.0
+    """Share of a core that the probe had: less than 1 if other programs use the cores."""
 
     @property
     def probed(self) -> int:
@@ -149,8 +151,10 @@ def probe(
         asked = [task for task in web if task.source not in there]
         downloads, bodies = _download(asked, download, Path(folder))
         files = [*local, *(body for _, body in kept), *bodies]
+        kinds, share = _decode(files, spec, max_frames)
         return Probe(
-            kinds=_decode(files, spec, max_frames),
+            kinds=kinds,
+            share=share,
             downloads=downloads,
             kept=len(kept) / len(web) if web else 0.0,
         )
@@ -243,8 +247,10 @@ def _bodies(
 # ---- files
 
 
-def _decode(tasks: Sequence[SourceTask], spec: FeatureSpec, max_frames: int) -> dict[str, KindCost]:
-    """Read and decode files; return the cost of each kind."""
+def _decode(
+    tasks: Sequence[SourceTask], spec: FeatureSpec, max_frames: int
+) -> tuple[dict[str, KindCost], float]:
+    """Read and decode files; return the cost of each kind, and the share of a core that was used."""
     request = Request(
         items=[(task.source, task.kind) for task in tasks],
         fit=InputFit.of(spec),
@@ -252,9 +258,12 @@ def _decode(tasks: Sequence[SourceTask], spec: FeatureSpec, max_frames: int) -> 
         stop_s=DECODE_S,
     )
     found: dict[str, list[Item]] = {}
+    seconds = cpu_s = 0.0
     for item in run(request):
         found.setdefault(tasks[item.number].kind, []).append(item)
-    return {kind: _cost(items) for kind, items in found.items()}
+        seconds, cpu_s = seconds + item.decode_s, cpu_s + item.decode_cpu_s
+    share = min(1.0, cpu_s / seconds) if cpu_s else 1.0
+    return {kind: _cost(items) for kind, items in found.items()}, share
 
 
 def _cost(items: Sequence[Item]) -> KindCost:

@@ -18,7 +18,6 @@ from cache.format.frame_sampling import sample_times
 from encode.worker.local_files import read_local
 from encode.worker.messages import SourceTask
 from model.media.fit import InputFit
-from model.media.images import BadMediaError
 from model.media.video import frames
 from model.media.video_index import probe
 
@@ -50,6 +49,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     """Processor seconds to read and decode it; of a video, without its frames."""
     frame_cpu_s: float = 0.0
     """Processor seconds to decode one frame of a video."""
+    decode_s: float = 0.0
+    """Seconds to decode what was decoded; more than its processor seconds if others use the cores."""
+    decode_cpu_s: float = 0.0
+    """Processor seconds of that."""
     duration_s: float | None = None
     """Length of a video, seconds."""
     failed: bool = False
@@ -79,30 +82,35 @@ def probe_items(request: Request) -> Iterator[Item]:
 
 def _probe(number: int, task: SourceTask, request: Request) -> Item:
     clock, start = _Clock(time.process_time()), time.perf_counter()
-    read_s = 0.0
+    read_s = read_cpu_s = 0.0
     try:
         data, _ = read_local(task)
-        read_s = time.perf_counter() - start
+        read_s, read_cpu_s = time.perf_counter() - start, clock.lap()
         if task.kind == "image":
             assert isinstance(data, bytes), "images are read whole"
             request.fit.prepare(request.fit.decode(data))
-            return Item(number=number, read_s=read_s, cpu_s=clock.lap())
-        info = probe(data)
-        cpu_s = clock.lap()
-        wanted = sample_times(info.duration_s, request.max_frames)[:FRAMES]
-        for frame in frames(data, wanted, info):
-            request.fit.prepare(frame.image)
+            cpu_s, frame_cpu_s, duration_s = clock.lap(), 0.0, None
+            decode_cpu_s = cpu_s
+        else:
+            info = probe(data)
+            cpu_s, duration_s = clock.lap(), info.duration_s
+            wanted = sample_times(info.duration_s, request.max_frames)[:FRAMES]
+            for frame in frames(data, wanted, info):
+                request.fit.prepare(frame.image)
+            decode_cpu_s = clock.lap()
+            frame_cpu_s = decode_cpu_s / len(wanted)
+            decode_cpu_s += cpu_s
         return Item(
             number=number,
             read_s=read_s,
-            cpu_s=cpu_s,
-            frame_cpu_s=clock.lap() / len(wanted),
-            duration_s=info.duration_s,
+            cpu_s=read_cpu_s + cpu_s,
+            frame_cpu_s=frame_cpu_s,
+            decode_s=time.perf_counter() - start - read_s,
+            decode_cpu_s=decode_cpu_s,
+            duration_s=duration_s,
         )
-    except BadMediaError:
-        return Item(number=number, read_s=read_s, cpu_s=clock.lap(), failed=True)
-    except Exception:  # of our own code: the job records it; here it costs what it cost
-        return Item(number=number, read_s=read_s, cpu_s=clock.lap(), failed=True)
+    except Exception:  # of our own code, too: the job records it; here it costs what it cost
+        return Item(number=number, read_s=read_s, cpu_s=read_cpu_s + clock.lap(), failed=True)
 
 
 def main(words: Sequence[str] = ()) -> None:  # noqa: ARG001

@@ -191,6 +191,8 @@ def test_encoding_and_decoding_share_the_cores_of_a_cpu_and_overlap_on_a_gpu() -
     assert (gpu.bound, gpu.seconds) == ("encode", pytest.approx(5.0))
     cheap = costs_of(plan, 0.0001, decoding(0.02), gpu=True)
     assert (cheap.bound, cheap.seconds) == ("decode", pytest.approx(1.0 + our_s(plan) / 2))
+    busy = costs_of(plan, 0.0001, replace(decoding(0.02), share=0.5), gpu=True)
+    assert busy.seconds == pytest.approx(2 * cheap.seconds)
     assumed = costs_of(plan, 0.0001, gpu=True)
     assert assumed.seconds == pytest.approx((100 * DECODE_S + our_s(plan)) / 2)
     assert "assumed: 15 ms" in assumed.how
