@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError
 from encode.plan.estimate import Speed
 from model.vision.encoder import VisionEncoder
+from model.vision.pipeline import Pipeline
 
 INLINE_S = 120.0
 """Shorter jobs run in the driver itself: starting Ray and loading the encoder again takes 10 s."""
@@ -23,6 +25,9 @@ CORES_PER_WORKER = 8
 
 MAX_THREADS = 16
 """Reading threads of one worker, at most, and as many decoding threads."""
+
+GPU_BATCHES = 16
+"""Batches that are encoded on a GPU to measure it."""
 
 MEASURE_BATCHES = 4
 """Jobs of at most this many batches are not measured: it would take as long as encoding them."""
@@ -103,29 +108,38 @@ def starts_ray(workers: int | Literal["auto"], seconds: float) -> bool:
 
 
 def measure_speed(encoder: VisionEncoder, spec: FeatureSpec, device: torch.device) -> Speed:
-    """Measure one batch of blank images: the second one, unless the first one takes over a second.
+    """Measure batches of blank images, as a worker encodes and packs them, after a first one.
+
+    If the first batch takes over a second, it is the measurement.
 
     Raises:
         UserError: a batch cannot be encoded on this device.
     """
     side = spec.image_size
-    blank = np.zeros((spec.batch_size, side, side, 3), np.uint8)
+    blank = [np.zeros((side, side, 3), np.uint8)] * spec.batch_size
     seconds = cpu_s = 0.0
-    for _ in range(2):
-        start, cpu = time.perf_counter(), time.process_time()
-        try:
-            encoder.encode(blank).cpu()
-        except RuntimeError as error:  # torch raises it for every error, out of memory included
-            text = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"a batch of {spec.batch_size} cannot be encoded on {device}: {type(error).__name__}: "
-                f"{text}; another device: --device, a smaller batch: batch_size in configs/encoders.yaml"
-            ) from error
-        seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-        if seconds > 1.0:
-            break
+    with contextlib.closing(Pipeline[None](encoder, spec.codec)) as pipeline:
+        # On a GPU a batch is copied while another one is encoded, so one alone takes longer.
+        for count in (1, GPU_BATCHES if device.type == "cuda" else 1):
+            start, cpu = time.perf_counter(), time.process_time()
+            done = [one for _ in range(count) for one in pipeline.put(blank, "image", None)]
+            for one in (*done, *pipeline.drain()):
+                if one.failure is not None:
+                    raise _cannot_encode(one.failure, spec, device) from one.failure
+            seconds = (time.perf_counter() - start) / count
+            cpu_s = (time.process_time() - cpu) / count
+            if seconds > 1.0:
+                break
     return Speed(
         encode_s=seconds / spec.batch_size / max(1, gpus(str(device))),
         encode_cpu_s=cpu_s / spec.batch_size,
         cores=cores(),
+    )
+
+
+def _cannot_encode(error: RuntimeError, spec: FeatureSpec, device: torch.device) -> UserError:
+    text = " ".join(str(error).split())[:200]
+    return UserError(
+        f"a batch of {spec.batch_size} cannot be encoded on {device}: {type(error).__name__}: "
+        f"{text}; another device: --device, a smaller batch: batch_size in configs/encoders.yaml"
     )
