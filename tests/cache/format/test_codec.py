@@ -30,6 +30,62 @@ def outlier_features(rng: np.random.Generator, tokens: int, width: int) -> np.nd
     return x
 
 
+def mean_token(x: np.ndarray) -> np.ndarray:
+    """Return the mean over the tokens, halves added to halves, as the format prescribes."""
+    tokens = np.float32(len(x))
+    while (half := len(x) // 2) > 0:
+        rest = x[2 * half :]
+        x = x[:half] + x[half : 2 * half]
+        x[: len(rest)] += rest
+    return (x[0] / tokens).astype(np.float16)
+
+
+def rotated(x: np.ndarray) -> np.ndarray:
+    """Return the rotated blocks (blocks, 64) of features, by the definition of the transform."""
+    x, half = x.reshape(-1, 64) * codec.rotation_signs(), 1
+    while half < 64:
+        pairs = x.reshape(-1, 2, half)
+        x = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        half *= 2
+    return x.reshape(-1, 64) * np.float32(0.125)
+
+
+def plain_pack(x: np.ndarray, name: str) -> np.ndarray:
+    """Pack one row, (tokens, width) of float16 numbers, a block at a time and without any haste."""
+    codes, scales, mean = [], [], np.zeros(0, np.float16)
+    if len(x) >= codec.MEAN_TOKENS:
+        mean = mean_token(x)
+        x = x - mean.astype(np.float32)
+    table = codec.int4_cells()
+    levels = np.array(codec.INT4_LEVELS, np.float32)
+    for block in rotated(x):
+        largest = np.abs(block).max()
+        if name == "int8":
+            scale = (largest / np.float32(127)).astype(np.float16)
+            step = np.float32(scale)
+            in_steps = block / step if step else np.zeros_like(block)
+            codes.append(np.clip(np.rint(in_steps), -127, 127).astype(np.int8).view(np.uint8))
+            scales.append(scale)
+            continue
+        side = np.float32(-1 if block.max() > -block.min() else 1)
+        tried = []
+        for divisor in codec.INT4_DIVISORS:
+            scale = (largest / divisor * side).astype(np.float16)
+            step = np.float32(scale)
+            in_steps = block / step if step else np.zeros_like(block)
+            number = table[np.clip(np.ceil(2 * in_steps), -255, 255).astype(int) + 255]
+            off = levels[number] * step - block
+            off = off * off
+            while len(off) > 1:
+                off = off[: len(off) // 2] + off[len(off) // 2 :]
+            tried.append((off[0], number, scale))
+        _, number, scale = min(tried, key=lambda each: each[0])  # the first of equal ones
+        codes.append(number[:32] | number[32:] << 4)
+        scales.append(scale)
+    parts = [np.concatenate(codes), np.array(scales, "<f2"), mean.astype("<f2")]
+    return np.concatenate([part.view(np.uint8) for part in parts])
+
+
 def error(x: np.ndarray, name: str) -> float:
     y = codec.unpack(codec.pack(x, name), name, *x.shape[-2:]).astype(np.float32)
     return float(np.linalg.norm(x - y) / np.linalg.norm(x))
@@ -46,7 +102,7 @@ def test_the_error_stays_below_the_limit_despite_outliers(name: str, width: int)
 def test_int4_levels_are_better_than_even_steps() -> None:
     """Seven equal steps up to the largest value have a quarter more error."""
     x = np.random.default_rng(5).standard_normal((31, 1024)).astype(np.float32)
-    blocks = codec._rotate(x.reshape(-1, 64) * codec.rotation_signs())
+    blocks = rotated(x)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
     plain = np.linalg.norm(np.rint(blocks / scale) * scale - blocks) / np.linalg.norm(blocks)
     assert error(x, "int4") < 0.8 * plain
@@ -116,6 +172,68 @@ def test_the_rotation_lowers_the_error() -> None:
     assert np.linalg.norm((x - y)[small]) < np.linalg.norm((x - plain)[small])
 
 
+SIZES = {
+    "ones": lambda rng, shape: rng.standard_normal(shape),
+    "many sizes": lambda rng, shape: (
+        rng.standard_normal(shape) * 10.0 ** rng.integers(-9, 5, (*shape[:2], 1))
+    ),
+    "few bits": lambda rng, shape: rng.integers(-3, 4, shape) * 2.0**-24,
+    "zeros of both signs": lambda rng, shape: np.where(rng.random(shape) < 0.5, -0.0, 0.0),
+    "minus zero": lambda rng, shape: np.full(shape, -0.0),
+    "clipped": lambda rng, shape: rng.standard_normal(shape) * 1e5,
+    "hundredths": lambda rng, shape: rng.integers(-9, 9, shape) * 0.01,
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_rows_are_packed_to_the_bit_as_the_plain_definition_says(kind: str, name: str) -> None:
+    """Also in parts: PART_VALUES is smaller than the last two of these."""
+    rng = np.random.default_rng(7)
+    for shape in ((3, 4, 64), (1, 31, 128), (2, 33, 64), (1300, 1, 64), (1, 144, 640)):
+        x = SIZES[kind](rng, shape).astype(np.float32)
+        rows = codec.pack(x, name)
+        halves = np.clip(x, -65504, 65504).astype("<f2")
+        for number in {0, 1, shape[0] - 1} & set(range(shape[0])):
+            assert np.array_equal(rows[number], plain_pack(halves[number].astype(np.float32), name))
+        for same in (halves, halves.astype(np.float32)):
+            assert np.array_equal(codec.quantise(same, name)[0], rows)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_error_is_measured_as_rows_are_packed(name: str) -> None:
+    rng = np.random.default_rng(8)
+    x = np.stack([outlier_features(rng, 64, 256), 3 + outlier_features(rng, 64, 256)])
+    halves = np.concatenate([x, np.zeros((1, 64, 256), np.float32)]).astype("<f2")
+    rows, errors = codec.quantise(halves, name)
+    back = codec.unpack(rows, name, 64, 256).astype(np.float64)
+    wanted = [
+        np.linalg.norm(one - other) / np.linalg.norm(one)
+        for one, other in zip(halves[:2].astype(np.float64), back, strict=False)
+    ]
+    assert errors[:2] == pytest.approx(wanted, rel=2e-3)  # unpacked values are rounded to float16
+    assert errors[2] == 0
+
+
+def test_rounding_to_halves_is_that_of_float16() -> None:
+    bits = np.arange(0, 2**32, 7919 * 13, dtype=np.uint64).astype(np.uint32)
+    ties = (np.arange(0, 65504, dtype=np.uint32) << 13) + 0x38801000  # between two neighbours
+    x = np.concatenate([bits, ties, ties + 1, ties - 1]).view(np.float32)
+    x = x[np.abs(x) < 65504]
+    rounded = codec.round_to_halves(x)
+    assert len(x) > 200_000
+    assert np.array_equal(rounded.view(np.uint32), x.astype("<f2").astype("<f4").view(np.uint32))
+
+
+def test_all_halves_are_widened() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    wide = np.empty(len(halves), np.float32)
+    codec.widen(halves, wide)
+    exact = halves.astype(np.float32)
+    assert np.array_equal((wide * codec.HALF_UNIT).view(np.uint32), exact.view(np.uint32))
+
+
 def test_fp16_is_the_values_themselves() -> None:
     x = np.random.default_rng(2).standard_normal((5, 7, 64)).astype(np.float16)
     assert codec.pack(x, "fp16").tobytes() == x.tobytes()
@@ -151,7 +269,7 @@ def test_the_rotation_is_orthonormal_and_part_of_the_format() -> None:
     h = codec.hadamard()
     assert np.array_equal(h @ h.T, 64 * np.eye(64, dtype=np.float32))
     x = np.random.default_rng(3).standard_normal((4, 64)).astype(np.float32)
-    assert np.allclose(codec._rotate(x), x @ h / 8, atol=1e-6)
+    assert np.allclose(rotated(x), (x * codec.rotation_signs()) @ h / 8, atol=1e-6)
     assert np.packbits(codec.rotation_signs() > 0).tobytes().hex() == "7783de06c5ca1b3e"
 
 
