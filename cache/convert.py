@@ -9,32 +9,30 @@ either command can continue it. This works because features are rounded to float
 packed. Sources that have lost more than that are refused: rows of a lossy codec, and rows that are already
 pooled. Only rows that the new space lacks are converted, so run the command again after the source has grown,
 or after it was interrupted. Damaged rows of the source are reported and skipped; the exit status is then 1.
+
+Every core has a process that converts, of about 100 MB; the files do not depend on their number. Ctrl-C
+commits what is converted, and stops.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from cache.errors import CacheError, CorruptError
-from cache.format import codec
+from cache.errors import CacheError, CorruptError, LostProcessError, command_line
 from cache.format.spec import ARRAYS, FeatureSpec
+from cache.maintenance.convert_rows import Conversion
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
-    Change,
-    Rows,
     copy_rows,
     damage_text,
     missing,
 )
 from cache.maintenance.encode_command import encode_command
+from cache.maintenance.processes import cores
 from cache.store.files import disk_errors
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
@@ -43,8 +41,12 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info, tail_bytes
 from configs import UserError, command, load, parse
 from configs.console import bytes_text, check_room
-from configs.progress import Meter
+from configs.progress import Meter, number_text
+from configs.signals import Interrupts
 from configs.text import say
+
+WORKER_BYTES = 128 << 20
+"""Bytes of the source for which another process is worth starting: half a second of work to int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,17 @@ class Options:
     """Average n x n patches of a video frame; default: as in the source."""
     format: Literal["zarr", "webdataset"] | None = None
     """Shard format of the new space; default: as in the source."""
+    workers: int | None = None
+    """Processes that convert; default: one for each core, fewer for few rows."""
     plan: bool = False
     """Print what there is to do, and stop."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: must be 1 or more")
+
+
+STOPPING = "stopping: what is converted is committed; once more to stop at once\n"
 
 
 def find_source(root: CacheRoot, name: str | None) -> FeatureReader:
@@ -136,68 +147,14 @@ def target_load(source: FeatureReader, spec: FeatureSpec) -> dict[str, Any]:
     return load
 
 
-def converter(source: FeatureSpec, target: FeatureSpec, array: str) -> Change:
-    """Return the function that turns stored rows of `source` into stored rows of `target`."""
-    window = target.pool(array) // source.pool(array)
-    shape = source.tokens(array), source.width
-    tokens = target.tokens(array)
-
-    def change(rows: Rows) -> tuple[Rows, npt.NDArray[np.float32]]:
-        # One row at a time: its values stay in the processor's cache.
-        packed = np.empty((len(rows), target.row_bytes(array)), np.uint8)
-        errors = np.empty(len(rows), np.float32)
-        for i, row in enumerate(rows):
-            halves = codec.unpack(row, "fp16", *shape)
-            features = pool(halves, window) if window > 1 else halves.astype(np.float32)
-            packed[i] = codec.pack(features, target.codec)
-            back = codec.unpack(packed[i], target.codec, tokens, target.width)
-            errors[i] = relative_error(features, back)
-        return packed, errors
-
-    return change
-
-
-def pool(features: npt.NDArray[np.float16], window: int) -> npt.NDArray[np.float32]:
-    """Average windows of patches, to the bit as `model.vision.encoder` does it with torch.
-
-    The sums have one fixed order and there is no division, so numpy and torch agree on every device.
-
-    Args:
-        features: (..., N, V) float16, N patches of a square grid in row-major order.
-        window: the side of a window, in patches.
-
-    Returns:
-        (..., N / window^2, V) float32, windows in row-major order.
-
-    Raises:
-        ValueError: N is not a square number, or the window does not divide the grid's side.
-    """
-    *lead, patches, width = features.shape
-    grid = math.isqrt(patches)
-    if grid * grid != patches or window < 1 or grid % window:
-        raise ValueError(f"{patches} patches in windows of {window} x {window}")
-    side = grid // window
-    blocks = features.reshape(-1, side, window, side, window, width).astype(np.float32)
-    total = np.zeros((len(blocks), side, side, width), np.float32)
-    for row in range(window):
-        for column in range(window):
-            total += blocks[:, :, row, :, column]
-    total *= np.float32(1 / window**2)
-    return total.reshape(*lead, side * side, width)
-
-
-def relative_error(features: npt.NDArray[np.float32], back: npt.NDArray[np.float16]) -> float:
-    """Return |back - features| / |features| (L2 norms), or 0.0 for a row of zeros."""
-    norm = float(np.linalg.norm(features))
-    return float(np.linalg.norm(back.astype(np.float32) - features)) / norm if norm else 0.0
-
-
 def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[CorruptError]:
     """Create or complete the new space, and return one error for each damaged row of the source.
 
     Raises:
         UserError: the options do not fit the source, or the disk is too small.
         InUseError: a job writes to the target.
+        CacheError: a process that converts has ended.
+        SystemExit: a signal has stopped the command; what was converted is committed.
     """
     spec = target_spec(source, options)
     paths = root.space(spec.name)
@@ -215,15 +172,49 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
         check_room(root.path, nbytes + rows * ROW_OVERHEAD, f"the space {spec.name}")
         tail = tail_bytes(source.paths, source.spec)
         space = Space.create(root, spec, target_load(source, spec), tail=tail)
-        to_read = (len(found) * source.spec.row_bytes(a) for a, found in positions.items())
-        damaged = []
-        with Meter("convert", sum(to_read)) as meter:
-            for array, found in positions.items():
-                change = converter(source.spec, spec, array)
-                damaged += copy_rows(source, space, array, found, change=change, done=meter.add)
+        to_read = sum(len(found) * source.spec.row_bytes(a) for a, found in positions.items())
+        workers = options.workers or max(1, min(cores(), to_read // WORKER_BYTES))
+        damaged: list[CorruptError] = []
+        seen = 0
+        with Interrupts(STOPPING) as interrupts, Meter("convert", rows, text=number_text) as meter:
+
+            def done(count: int, _nbytes: int, bound: str) -> None:
+                nonlocal seen
+                seen += count
+                meter.add(count, bound=bound)
+
+            try:
+                for array, found in positions.items():
+                    if not interrupts.stopping():
+                        damaged += copy_rows(
+                            source,
+                            space,
+                            array,
+                            found,
+                            conversion=Conversion.between(source.spec, spec, array),
+                            workers=workers,
+                            done=done,
+                            stop=interrupts.stopping,
+                        )
+            except LostProcessError as error:
+                again = _command(root, source, options, max(1, workers // 2))
+                raise CacheError(f"{error}; everything committed is kept: {again}") from None
         save_index(space.paths, space.info)
-    say(f"converted {source.paths.name}: {rows - len(damaged):,} rows")
+    say(f"converted {source.paths.name}: {seen - len(damaged):,} rows")
+    if seen < rows:
+        say(f"stopped: {rows - seen:,} rows are left, which the same command converts")
+        raise SystemExit(interrupts.exit_code)
     return damaged
+
+
+def _command(root: CacheRoot, source: FeatureReader, options: Options, workers: int) -> str:
+    """Return the command that continues, with this many processes."""
+    words: list[object] = ["--features", root.path, "--space", source.paths.name]
+    words += ["--codec", options.codec]
+    for name in ("pool", "frame_pool", "format"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", value]
+    return command_line("cache.convert", *words, "--workers", workers)
 
 
 def main() -> int:

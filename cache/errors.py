@@ -5,6 +5,7 @@
     │   ├── NotFoundError       no such cache, space or data set
     │   ├── InUseError          another job is writing there
     │   ├── DiskError           a disk is full, too small, or fails
+    │   ├── LostProcessError    a process of the job has ended before its work
     │   ├── UnreachableError    a remote cache does not answer, or sends something else
     │   └── CorruptError        a file does not have the bytes that were written
     ├── StaleJobError           a worker whose job is over tries to write
@@ -13,7 +14,7 @@
     └── OSError
         └── RefusedAddressError an address that downloads must not connect to
 
-A CacheError that is none of the five is a request that cannot be met, with the reason. The four others never
+A CacheError that is none of the six is a request that cannot be met, with the reason. The four others never
 reach a user: the caller retries, stops, or reports another error.
 """
 
@@ -74,6 +75,10 @@ class InUseError(CacheError):
 
 class DiskError(CacheError):
     """The disk is full, too small, or fails. Committed rows are kept."""
+
+
+class LostProcessError(CacheError):
+    """A process of the job has ended before its work. Committed rows are kept."""
 
 
 class UnreachableError(CacheError):

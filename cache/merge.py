@@ -154,7 +154,13 @@ def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
     target = Space.create(CacheRoot(paths.cache_root), read_info(paths).spec, info.load)
     damaged = []
     for array, positions in plan.positions.items():
-        damaged += copy_rows(plan.source, target, array, positions, done=meter.add)
+        damaged += copy_rows(
+            plan.source,
+            target,
+            array,
+            positions,
+            done=lambda _rows, nbytes, _bound: meter.add(nbytes),
+        )
     save_index(target.paths, target.info)
     return damaged
 

@@ -315,7 +315,7 @@ class Meter:
         """
         self._what, self._total, self._text = what, total, text
         self._lock = threading.Lock()
-        self._done = start
+        self._done, self._bound = start, ""
         self._pace = Pace()
         self._start = self._updated = time.monotonic()
         self._pace.add(self._start, start)
@@ -330,10 +330,11 @@ class Meter:
     ) -> None:
         self.close(keep=kind is not None)
 
-    def add(self, amount: int = 1) -> None:
-        """Count this much more as done."""
+    def add(self, amount: int = 1, *, bound: str = "") -> None:
+        """Count this much more as done; `bound` is what limits the speed, if somebody can say."""
         with self._lock:
             self._done += amount
+            self._bound = bound
             now = time.monotonic()
             if now - self._updated >= UPDATE_S:
                 self._updated = now
@@ -353,6 +354,7 @@ class Meter:
             share=min(1.0, done / total) if total else None,
             rate=speed,
             left=left_text(left_s),
+            bound=f"bound by {self._bound}" if self._bound else "",
         )
 
     def total_text(self) -> str:

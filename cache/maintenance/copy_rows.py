@@ -1,34 +1,35 @@
 """Copy rows of one space into another, for `cache.merge` and `cache.convert`.
 
     positions = missing(source, target, "image")
-    damaged = copy_rows(source, space, "image", positions, change=convert)
+    damaged = copy_rows(source, space, "image", positions, conversion=conversion, workers=cores())
 
-Threads read a few MB of rows at a time, compare each row with its crc32c, and change it if the caller wants
-that. The rows are appended to shards of the target in their order. A shard exists once its commit does, so a
-copy that was killed is completed by running it again: it copies only the missing rows.
+Rows are read a few MB at a time and compared with their crc32c. If they are to be converted, threads read
+ahead and processes convert. Batches are taken in their order, and appended to shards of the target, so the
+files do not depend on the number of processes. A shard exists once its commit does. A copy that was killed is
+completed by running it again: it copies only the missing rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CorruptError, command_line, features_words
+from cache.maintenance.convert_rows import Conversion, Rows
+from cache.maintenance.processes import Converters
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
 from cache.store.writer import NewRow, ShardWriter
 
 BATCH_BYTES = 4 << 20
-"""Bytes that one thread reads and changes at a time."""
+"""Bytes of the source that are read and converted together."""
 
 ROW_OVERHEAD = 160
 """Bytes that a row needs in addition: its checksum and index entry, and its row in the commit."""
@@ -36,11 +37,9 @@ ROW_OVERHEAD = 160
 _LOOKUP = 65536
 """Rows looked up together. It bounds the memory of a lookup."""
 
-T = TypeVar("T")
-R = TypeVar("R")
-Rows = npt.NDArray[np.uint8]
-Change = Callable[[Rows], tuple[Rows, npt.NDArray[np.float32]]]
-"""Stored rows (n, row_bytes) -> rows as the target stores them, and the relative error (n,) of its codec."""
+Done = Callable[[int, int, str], None]
+"""Called with the rows and the bytes of the source that were just copied, and with what bounds the speed:
+`reading`, `packing`, `writing`, or '' while nobody can say."""
 
 
 def missing(
@@ -64,16 +63,20 @@ def missing(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-    """Rows that were read and changed; the damaged ones are left out."""
+    """Rows that were read and converted; the damaged ones are left out."""
 
     places: npt.NDArray[np.int64]
     """(n,) which of the requested rows these are."""
     rows: Rows
     """(n, row_bytes) as the target stores them."""
-    errors: npt.NDArray[np.float32]
-    """(n,) relative error of the target's codec."""
+    errors: npt.NDArray[np.float32] | None
+    """(n,) relative error of the target's codec; None: as in the source."""
     damaged: list[CorruptError]
     """One error for each damaged row."""
+    read_s: float
+    """Seconds that a thread took to read them."""
+    convert_s: float
+    """Seconds that a process took to convert them."""
 
 
 def copy_rows(
@@ -82,8 +85,10 @@ def copy_rows(
     array: str,
     positions: npt.NDArray[np.int64],
     *,
-    change: Change | None = None,
-    done: Callable[[int], None] = lambda _: None,
+    conversion: Conversion | None = None,
+    workers: int = 1,
+    done: Done = lambda *_: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[CorruptError]:
     """Append rows to `target` and commit them. The caller holds the driver lock of `target`.
 
@@ -92,40 +97,54 @@ def copy_rows(
         target: the space to write to.
         array: image or frame.
         positions: (n,) rows of the source, in the order in which they are to be stored.
-        change: converts rows; None: they are copied as they are.
-        done: called with the number of bytes just read.
+        conversion: what is done to the rows; None: they are copied as they are.
+        workers: processes that convert. The files do not depend on their number.
+        done: see `Done`.
+        stop: asked after each batch; once it returns True, what was copied is committed, and the rest left.
 
     Returns:
         One error for each damaged row; these rows are not copied.
+
+    Raises:
+        LostProcessError: a process that converts has ended or failed. What is committed is kept.
     """
+    if not len(positions):
+        target.grow(array)  # which a killed run may have left undone
+        return []
     index = source.index[array]
-    stored = index.columns.errors[positions] if change is None else None
     room = _room_wanted(index.keys[positions], target.rows_per_shard(array))
-    # Unchanged rows are written while the processor's cache still holds them, so fewer are read at a time.
-    row_bytes = source.geometry[array].row_bytes
-    step = max(1, (BATCH_BYTES if change else RUN_BYTES) // row_bytes)
-    read = partial(_read, source, array, positions, change)
-    batches = np.split(np.arange(len(positions)), range(step, len(positions), step))
     damaged: list[CorruptError] = []
     filler = _Filler(target, array)
+    pace = _Pace(workers)
+    if conversion is None:
+        batches = _read_in_order(source, array, positions)
+    else:
+        batches = _converted(source, array, positions, conversion, workers)
     try:
-        for batch in (_in_order if change else map)(read, batches):
-            damaged += batch.damaged
-            errors = batch.errors if stored is None else stored[batch.places]
-            for place, row, error in zip(
-                batch.places.tolist(), batch.rows, errors.tolist(), strict=True
-            ):
-                key, view = index.identity(positions[place])
-                time_s = float(index.times[positions[place]])
-                new = NewRow(
-                    key=key,
-                    view=view,
-                    payload=row.data,
-                    time_s=None if np.isnan(time_s) else time_s,
-                    error=error,
-                )
-                filler.append(new, int(room[place]))
-            done((len(batch.rows) + len(batch.damaged)) * row_bytes)
+        with contextlib.closing(batches):
+            for batch in pace.timed(batches):
+                damaged += batch.damaged
+                errors = batch.errors
+                if errors is None:
+                    errors = index.columns.errors[positions[batch.places]]
+                for place, row, error in zip(
+                    batch.places.tolist(), batch.rows, errors.tolist(), strict=True
+                ):
+                    key, view = index.identity(positions[place])
+                    time_s = float(index.times[positions[place]])
+                    new = NewRow(
+                        key=key,
+                        view=view,
+                        payload=row.data,
+                        time_s=None if np.isnan(time_s) else time_s,
+                        error=error,
+                    )
+                    filler.append(new, int(room[place]))
+                filler.write()
+                rows = len(batch.rows) + len(batch.damaged)
+                done(rows, rows * source.geometry[array].row_bytes, pace.bound)
+                if stop():
+                    break
         filler.finish()
     finally:
         filler.close()
@@ -133,24 +152,63 @@ def copy_rows(
     return damaged
 
 
+class _Pace:
+    """What the speed of a copy depends on."""
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._waited_s = self._written_s = self._read_s = self._convert_s = 0.0
+
+    def timed(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """Pass on the batches, and measure how long each is waited for and used."""
+        start = time.perf_counter()
+        for batch in batches:
+            there = time.perf_counter()
+            yield batch
+            self._waited_s += there - start
+            start = time.perf_counter()
+            self._written_s += start - there
+            self._read_s += batch.read_s
+            self._convert_s += batch.convert_s
+
+    @property
+    def bound(self) -> str:
+        """What takes longest: reading, packing or writing; '' before the second batch."""
+        if not self._waited_s:
+            return ""
+        if self._written_s > self._waited_s:
+            return "writing"
+        threads = _threads(self._workers)
+        return "reading" if self._read_s / threads > self._convert_s / self._workers else "packing"
+
+
 class _Filler:
     """Fill one shard after another. While the disk commits one, the next is filled."""
+
+    # Rows of one batch that go to the same shard are written together.
 
     def __init__(self, space: Space, array: str):
         self._space, self._array = space, array
         self._next = space.next_shard(array)
         self._shard: ShardWriter | None = None
+        self._waiting: list[NewRow] = []
         self._closing: tuple[ShardWriter, Future[int]] | None = None
         self._thread = ThreadPoolExecutor(1, "commit")
 
     def append(self, row: NewRow, room: int) -> None:
-        """Append a row to a shard into which `room` rows still fit."""
-        if self._shard is not None and self._shard.left < room:
+        """Append a row to a shard into which `room` rows still fit. `write` must follow soon."""
+        if self._shard is not None and self._shard.left - len(self._waiting) < room:
             self._commit()
         if self._shard is None:
             self._shard = ShardWriter(self._space, self._array, self._next)
             self._next += 1
-        self._shard.extend([row])
+        self._waiting.append(row)
+
+    def write(self) -> None:
+        """Write the rows appended so far, whose bytes may change afterwards."""
+        if self._waiting and self._shard is not None:
+            self._shard.extend(self._waiting)
+            self._waiting = []
 
     def finish(self) -> None:
         """Commit everything."""
@@ -167,6 +225,7 @@ class _Filler:
                 self._closing[0].abort()  # does nothing once it is committed
 
     def _commit(self) -> None:
+        self.write()
         self._wait()
         if self._shard is not None:
             self._closing = self._shard, self._thread.submit(self._shard.commit)
@@ -192,49 +251,114 @@ def _room_wanted(keys: npt.NDArray[np.uint8], slots: int) -> npt.NDArray[np.int6
     return wanted
 
 
-def _read(
+def _read_in_order(
+    source: FeatureReader, array: str, positions: npt.NDArray[np.int64]
+) -> Generator[_Batch, None, None]:
+    """Read all rows, in order."""
+    # No threads: rows are written while the processor's cache still holds them, so few are read at a time.
+    row_bytes = source.geometry[array].row_bytes
+    step = max(1, RUN_BYTES // row_bytes)
+    for start in range(0, len(positions), step):
+        places = np.arange(start, min(start + step, len(positions)))
+        out = np.empty((len(places), row_bytes), np.uint8)
+        begin = time.perf_counter()
+        damaged = _read(source, array, positions, places, out)
+        intact = _without(len(places), damaged)
+        yield _Batch(
+            places=places[intact],
+            rows=out[intact] if damaged else out,
+            errors=None,
+            damaged=list(damaged.values()),
+            read_s=time.perf_counter() - begin,
+            convert_s=0.0,
+        )
+
+
+def _threads(workers: int) -> int:
+    """Return the threads that read, for a number of processes that convert."""
+    # While as many wait for a process, the others read. With one worker, the thread that reads converts.
+    return 1 if workers == 1 else workers + min(workers, 4)
+
+
+def _converted(
     source: FeatureReader,
     array: str,
     positions: npt.NDArray[np.int64],
-    change: Change | None,
-    places: npt.NDArray[np.int64],
-) -> _Batch:
-    """Read the intact rows at positions[places], and change them."""
-    rows = source.index[array].rows(positions[places])
-    out = np.empty((len(rows), source.geometry[array].row_bytes), np.uint8)
-    damaged: list[CorruptError] = []
-    try:
-        source.read_into(array, rows, out)
-    except CorruptError:
-        intact = np.ones(len(rows), bool)
-        for i in range(len(rows)):
-            try:
-                source.read_into(array, rows[i : i + 1], out[i : i + 1])
-            except CorruptError as error:
-                damaged.append(error)
-                intact[i] = False
-        out, places = out[intact], places[intact]
-    errors = np.zeros(len(out), np.float32)
-    if change is not None and len(out):
-        out, errors = change(out)
-    return _Batch(places=places, rows=out, errors=errors, damaged=damaged)
+    conversion: Conversion,
+    workers: int,
+) -> Generator[_Batch, None, None]:
+    """Read and convert all rows, in order. The rows of a batch are valid until the next is asked for."""
+    step = max(1, min(BATCH_BYTES // conversion.source_bytes, -(-len(positions) // workers)))
+    starts = range(0, len(positions), step)
+    # A slot is used again once the batch in it was consumed.
+    slots = 1 + 2 * _threads(workers)
 
+    def work(number: int) -> _Batch:
+        places = np.arange(starts[number], min(starts[number] + step, len(positions)))
+        slot = number % slots
+        begin = time.perf_counter()
+        damaged = _read(source, array, positions, places, converters.source(slot, len(places)))
+        read_s = time.perf_counter() - begin
+        rows, errors, convert_s = converters.convert(slot, len(places))
+        for i in np.flatnonzero(np.isnan(errors)).tolist():
+            damaged.setdefault(i, _not_finite(source, array, int(positions[places[i]])))
+        intact = _without(len(places), damaged)
+        return _Batch(
+            places=places[intact],
+            rows=rows[intact] if damaged else rows,
+            errors=errors[intact],
+            damaged=list(damaged.values()),
+            read_s=read_s,
+            convert_s=convert_s,
+        )
 
-def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `work(item)` of each item in order. Threads compute a few of them ahead."""
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "copy") as pool:
-        ahead: deque[Future[R]] = deque()
+    with (
+        Converters(conversion, batch_rows=step, slots=slots, workers=workers) as converters,
+        ThreadPoolExecutor(_threads(workers), "copy") as pool,
+    ):
+        ahead: deque[Future[_Batch]] = deque()
         try:
-            for item in items:
-                ahead.append(pool.submit(work, item))
-                if len(ahead) > 2 * threads:
+            for number in range(len(starts)):
+                ahead.append(pool.submit(work, number))
+                if len(ahead) == slots:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _without(count: int, damaged: dict[int, CorruptError]) -> npt.NDArray[np.int64]:
+    """Return the numbers below `count` that are not in `damaged`."""
+    return np.setdiff1d(np.arange(count), np.fromiter(damaged, np.int64))
+
+
+def _read(
+    source: FeatureReader,
+    array: str,
+    positions: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64],
+    out: Rows,
+) -> dict[int, CorruptError]:
+    """Read the rows at positions[places] into `out`; return the errors of damaged ones, by their place."""
+    rows = source.index[array].rows(positions[places])
+    damaged: dict[int, CorruptError] = {}
+    try:
+        source.read_into(array, rows, out)
+    except CorruptError:
+        for i in range(len(rows)):
+            try:
+                source.read_into(array, rows[i : i + 1], out[i : i + 1])
+            except CorruptError as error:
+                damaged[i] = error
+    return damaged
+
+
+def _not_finite(source: FeatureReader, array: str, position: int) -> CorruptError:
+    row = int(source.index[array].rows(np.array([position]))[0])
+    path = source.paths.shard(array, row // source.geometry[array].slots)
+    return CorruptError(path, f"row {row} has NaN or Inf")
 
 
 def damage_text(damaged: Sequence[CorruptError]) -> str:

@@ -2,6 +2,7 @@
 
     __main__.py       sizes, speeds and errors of the codecs
     activations.py    the features that they are measured on
+    convert.py        rows a second of cache.convert
 
 In: weights from Python packages. Out: one line for each figure. Read __main__.py first.
 """

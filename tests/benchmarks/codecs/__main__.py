@@ -1,6 +1,6 @@
 """The row codecs on features of real pretrained transformers, and other quantisers at the same bits.
 
-python -m tests.benchmarks.codecs        # a minute; activations.py says what it needs
+python -m tests.benchmarks.codecs        # two minutes, 1 GB of disk; activations.py says what else it needs
 
 The error of a row (an image, a passage) is |unpacked - features| / |features|; tables have its mean and its
 largest value over rows. The variants are one quantiser with every choice open; the first entry of FOUR_BITS
@@ -27,7 +27,7 @@ from model import quantize
 from nanomolmo2.unpack import unpack
 from tests.benchmarks import bench
 from tests.benchmarks.bench import Options, Requirements
-from tests.benchmarks.codecs import activations
+from tests.benchmarks.codecs import activations, convert
 from tests.benchmarks.codecs.activations import Features
 
 TOKENS, WIDTH = 576, 1024
@@ -377,6 +377,7 @@ def measure(_: Options, folder: Path, requirements: Requirements) -> None:
         print(f"{kind}: {' x '.join(map(str, x.shape))}, rms {rms:.2f}, largest {largest:.1f}")
     tables(data, requirements)
     speed(requirements)
+    convert.conversions(folder, requirements, convert.Options())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""Turn stored fp16 rows into rows of another codec or pooling.
+
+    conversion = Conversion.between(source_spec, target_spec, "image")
+    errors = conversion(rows, out)          # (n, source_bytes) uint8 -> (n, target_bytes) uint8
+
+The bytes are those that encoding stores, because features are rounded to float16 before they are pooled and
+packed. Nothing but numpy is needed, so processes that do this start quickly: see processes.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.format import codec
+from cache.format.spec import FeatureSpec
+
+FP16_INF = 0x7C00
+"""The bits of a float16 from which on, without its sign, it is Inf or NaN."""
+FP16_SIGN = 0x8000
+
+Rows = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is done to the rows of one array."""
+
+    tokens: int
+    """Tokens of a row of the source."""
+    width: int
+    """Values of a token."""
+    window: int
+    """Average window x window tokens; 1: none."""
+    codec: str
+    """Codec of the target."""
+
+    @classmethod
+    def between(cls, source: FeatureSpec, target: FeatureSpec, array: str) -> Self:
+        """Return the conversion of an array (image, frame) of an fp16 space into that of another space."""
+        return cls(
+            tokens=source.tokens(array),
+            width=source.width,
+            window=target.pool(array) // source.pool(array),
+            codec=target.codec,
+        )
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of a row of the source."""
+        return codec.row_bytes("fp16", self.tokens, self.width)
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of a row of the target."""
+        return codec.row_bytes(self.codec, self.tokens // self.window**2, self.width)
+
+    def __call__(self, rows: Rows, out: Rows) -> npt.NDArray[np.float32]:
+        """Convert rows (n, source_bytes) into `out` (n, target_bytes).
+
+        Returns:
+            The relative errors (n,): of the codec, and of rounding what is pooled. A row with NaN or Inf has
+            the error NaN, and its bytes are meaningless.
+        """
+        bits = rows.view("<u2")
+        # Read as signed numbers, the bits of Inf, NaN and all negative values are above or below the others'.
+        finite = (bits.view("<i2").max(axis=1) < FP16_INF) & (
+            bits.max(axis=1) < FP16_SIGN | FP16_INF
+        )
+        if not finite.all():
+            rows = np.where(finite[:, None], rows, np.uint8(0))
+        errors = np.empty(len(rows), np.float32)
+        # One row at a time, whose values stay in the processor's cache. Small ones share the cost of a call.
+        step = max(1, codec.PART_VALUES // (self.tokens * self.width))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            out[part], errors[part] = self._converted(rows[part])
+        errors[~finite] = np.nan
+        return errors
+
+    def _converted(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.float32]]:
+        halves = codec.unpack(rows, "fp16", self.tokens, self.width)
+        if self.window == 1:
+            if self.codec == "fp16":
+                return rows, np.zeros(len(rows), np.float32)
+            return codec.quantise(halves, self.codec)
+        features = pool(halves, self.window)
+        rounded = codec.round_to_halves(features)
+        lost = _relative(rounded - features, features)
+        if self.codec == "fp16":
+            return rounded.astype("<f2").view(np.uint8).reshape(len(rows), -1), lost
+        packed, errors = codec.quantise(rounded, self.codec)
+        # The two errors have nothing to do with each other, so their squares add up.
+        return packed, np.sqrt(errors * errors + lost * lost)
+
+
+def _relative(off: npt.NDArray[np.float32], features: npt.NDArray[np.float32]) -> Any:
+    """Return |off| / |features| of each row (n,), 0 for a row of zeros."""
+    lost, norms = (np.sqrt(np.square(x).sum((1, 2), dtype=np.float32)) for x in (off, features))
+    return np.divide(lost, norms, out=np.zeros_like(norms), where=norms > 0)
+
+
+def pool(features: npt.NDArray[np.float16], window: int) -> npt.NDArray[np.float32]:
+    """Average windows of patches, to the bit as `model.vision.encoder` does it with torch.
+
+    The sums have one fixed order and there is no division, so numpy and torch agree on every device.
+
+    Args:
+        features: (..., N, V) little-endian float16, finite: N patches of a square grid in row-major order.
+        window: the side of a window, in patches.
+
+    Returns:
+        (..., N / window^2, V) float32, windows in row-major order.
+
+    Raises:
+        ValueError: N is not a square number, or the window does not divide the grid's side.
+    """
+    *lead, patches, width = features.shape
+    grid = math.isqrt(patches)
+    if grid * grid != patches or window < 1 or grid % window:
+        raise ValueError(f"{patches} patches in windows of {window} x {window}")
+    side = grid // window
+    strips = features.reshape(-1, window, side, window, width)
+    pooled = np.empty((len(strips), side, width), np.float32)
+    # A strip of the image at a time, for the processor's cache.
+    values = np.empty(strips.shape[1:], np.float32)
+    for strip, total in zip(strips, pooled, strict=True):
+        codec.widen(strip, values)
+        total[:] = values[0, :, 0]
+        for row in range(window):
+            for column in range(row == 0, window):
+                total += values[row, :, column]
+        total *= codec.HALF_UNIT
+    pooled *= np.float32(1 / window**2)
+    pooled += np.float32(0)  # -0.0 becomes 0.0, as in a sum that starts with 0
+    return pooled.reshape(*lead, side * side, width)
