@@ -276,6 +276,8 @@ class Job:
             token=token,
             threads=layout.threads,
             torch_threads=layout.torch_threads,
+            decode_apart=layout.decode_apart,
+            timeout_s=timeout_s,
             download=share(self._config.download, max(1, layout.workers)),
         )
         try:

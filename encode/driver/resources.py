@@ -29,6 +29,9 @@ MAX_THREADS = 16
 GPU_BATCHES = 16
 """Batches that are encoded on a GPU to measure it."""
 
+DECODE_APART_S = 10.0
+"""Shorter jobs decode in threads: the processes take a second of all cores to start."""
+
 MEASURE_BATCHES = 4
 """Jobs of at most this many batches are not measured: it would take as long as encoding them."""
 
@@ -45,6 +48,8 @@ class WorkerLayout:
     """Reading threads of each worker, and as many decoding threads."""
     torch_threads: int
     """Threads of one forward pass on the CPU."""
+    decode_apart: bool = False
+    """Whether each decoding thread lets a process of its own decode."""
 
 
 def cores() -> int:
@@ -99,6 +104,7 @@ def choose_layout(
         threads=threads or max(2, min(MAX_THREADS, share)),
         # torch has one thread for each physical core, or OMP_NUM_THREADS.
         torch_threads=max(1, torch.get_num_threads() // max(1, count)),
+        decode_apart=seconds >= DECODE_APART_S,
     )
 
 

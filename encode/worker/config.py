@@ -28,6 +28,10 @@ class WorkerConfig:
     """File or folder with the encoder's weights; None: from the hub."""
     threads: int = 2
     """Threads for reading, and as many for decoding."""
+    decode_apart: bool = False
+    """Whether each decoding thread lets a process of its own decode."""
+    timeout_s: float = 120.0
+    """Seconds without progress after which a process that decodes counts as hanging."""
     torch_threads: int | None = None
     """Threads of one forward pass on the CPU; None: torch's default."""
     max_frames: int = MAX_FRAMES

@@ -1,11 +1,11 @@
 """Sources -> encoder inputs, in threads, a few ahead of the encoder.
 
     files   read and hash (threads) -----+
-    URLs    download (encode.download) --+-> reserve, 16 at a time -> decode and prepare (threads)
+    URLs    download (encode.download) --+-> reserve, 16 at a time -> decode and prepare (decoders.py)
 
 Files are delivered in the order they were put in, downloads in the order they arrive. A failed source is
 delivered without being decoded. A video is delivered frame by frame, so memory holds a few batches of
-frames, however long the video is.
+frames, however long the video is. A thread decodes itself, or lets a process of its own decode.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,14 +28,20 @@ from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_budget import DecodeBudget
 from encode.worker.decode_log import DecodeLog
+from encode.worker.decode_process import Setup
+from encode.worker.decoders import (
+    Decoder,
+    Decoders,
+    ThreadDecoder,
+    Touch,
+    lower_priority,
+)
 from encode.worker.downloads import Downloads
-from encode.worker.local_files import check_unchanged, read_local, size_in_header, unreadable
+from encode.worker.local_files import check_unchanged, read_local, unreadable
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask, media_id
-from model.media.images import BadMediaError, DecodedImage, Failure, decoding_bytes
-from model.media.video import frames
-from model.media.video_index import probe
-from model.media.video_open import open_video
+from encode.worker.process_decoder import ProcessDecoder
+from model.media.images import BadMediaError, DecodedImage, Failure
 
 READ_GROUP = 16
 """Sources that are read, and then reserved with one call to the driver, at a time."""
@@ -44,10 +51,6 @@ FRAME_BATCHES = 3
 
 KNOWN_SIZES = 100_000
 """Decoded images whose sizes are remembered, so that their duplicates need no decoder."""
-
-VIDEO_BYTES_A_PIXEL = 60
-"""Memory of decoding a video for each pixel of its frame: 16 frames that a decoder keeps, those that its
-threads work on, and the copies that become an image."""
 
 POLL_S = 0.5
 """Seconds between two looks at whether the prefetcher was closed."""
@@ -65,11 +68,11 @@ class PrefetchCallbacks(Protocol):
         ...
 
     def decode(self, data: bytes) -> DecodedImage:
-        """Decode an image. Raises BadMediaError."""
+        """Decode an image, in a thread. Raises BadMediaError."""
         ...
 
     def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
-        """Return the encoder input (S, S, 3) of an image."""
+        """Return the encoder input (S, S, 3) of an image, in a thread."""
         ...
 
     def our_error(self, error: Exception) -> str:
@@ -92,6 +95,8 @@ class Prefetcher:
         *,
         ahead: int,
         batch_size: int,
+        apart: Setup | None = None,
+        yields: bool = False,
     ):
         """Start the threads.
 
@@ -101,12 +106,17 @@ class Prefetcher:
             decode_log: records what each thread is decoding.
             ahead: sources decoded ahead of the encoder.
             batch_size: encoder inputs in one batch.
+            apart: how the processes that decode make encoder inputs; None: threads decode.
+            yields: whether threads that decode run only where the encoder leaves cores free.
         """
         self._worker, self._decode_log = worker, decode_log
         self._downloads = Downloads(config.download, config.media_store)
         self._frames_ahead, self._max_frames = FRAME_BATCHES * batch_size, config.max_frames
-        self._readers = ThreadPoolExecutor(config.threads, "read")
-        self._decoders = ThreadPoolExecutor(config.threads, "decode")
+        # With processes the threads only carry bytes: one that yields would hold Python's lock for long.
+        begin = lower_priority if yields and apart is None else None
+        self._readers = ThreadPoolExecutor(config.threads, "read", begin)
+        self._decoders = ThreadPoolExecutor(config.threads, "decode", begin)
+        self._pool = Decoders(partial(self._decoder, apart, config.timeout_s))
         self._inbox: queue.SimpleQueue[SourceTask | MediaItem | None] = queue.SimpleQueue()
         self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
         self._sizes: dict[str, tuple[int, int]] = {}  # by key
@@ -154,6 +164,7 @@ class Prefetcher:
             self._feeder.join(0.02)
         self._readers.shutdown(cancel_futures=True)
         self._decoders.shutdown(cancel_futures=True)
+        self._pool.close()
 
     # ---- reading
 
@@ -228,53 +239,66 @@ class Prefetcher:
 
     # ---- decoding
 
+    def _decoder(self, apart: Setup | None, timeout_s: float) -> Decoder:
+        if apart is None:
+            return ThreadDecoder(self._worker.decode, self._worker.prepare)
+        return ProcessDecoder(apart, timeout_s, lambda: self._open)
+
     def _decode(self, item: MediaItem, inputs: _Inputs, turn: int) -> None:
         """Put the encoder inputs of `item` into `inputs`, then, whatever happens, `item` itself.
 
         A thread that waits for memory is not in the log: it does not hang.
         """
         start = time.perf_counter()
-        decode = self._decode_image if item.task.kind == "image" else self._decode_video
-        log, nbytes = self._decode_log.decoding, 0
-        try:
-            if self._open:
-                with log(item.task.source, item.key):
-                    nbytes = _needed(item)
-        except Exception:  # decoding reports what is wrong
-            nbytes = 0
-        try:
-            waited = time.perf_counter()
-            with self._budget.room(turn, nbytes, lambda: self._open):
-                item.decode_s -= time.perf_counter() - waited
+        work = self._decode_image if item.task.kind == "image" else self._decode_video
+        log, nbytes, failure = self._decode_log.decoding, 0, None
+        with self._pool.one() as decoder:
+            decoder.take(item)
+            try:
                 if self._open:
-                    with log(item.task.source, item.key) as progress:
-                        decode(item, inputs, progress)
-        except BadMediaError as error:
-            item.failure = error.failure
-        except Exception as error:  # not the media's: it counts against the failure budget
-            item.failure = Failure("encode", self._worker.our_error(error))
+                    with log(item.task.source, item.key) as decoder.touch:
+                        nbytes = decoder.needed()
+            except Exception as error:
+                failure = self._failure(error)
+            if item.result == "duplicate" and item.task.kind == "image":
+                nbytes = 0
+            try:
+                waited = time.perf_counter()
+                with self._budget.room(turn, nbytes, lambda: self._open):
+                    item.decode_s -= time.perf_counter() - waited
+                    if self._open and failure is None:
+                        with log(item.task.source, item.key) as decoder.touch:
+                            work(decoder, inputs)
+            except Exception as error:
+                failure = self._failure(error)
+        item.failure = failure or item.failure
         item.drop_data()
         item.decode_s += time.perf_counter() - start
         self._put(inputs, item, lambda: None)
 
-    def _decode_image(self, item: MediaItem, inputs: _Inputs, progress: Callable[[], None]) -> None:
-        assert isinstance(item.data, bytes), "images are read whole"
+    def _failure(self, error: Exception) -> Failure:
+        if isinstance(error, BadMediaError):
+            return error.failure
+        # Not the media's: it counts against the failure budget.
+        return Failure("encode", self._worker.our_error(error))
+
+    def _decode_image(self, decoder: Decoder, inputs: _Inputs) -> None:
+        item = decoder.item
         if item.result == "duplicate":
-            size = size_in_header(item.data)
+            size = decoder.size()
         else:
-            decoded = self._worker.decode(item.data)
-            size, pixels = decoded.size, self._worker.prepare(decoded)
+            decoded = decoder.image()
+            size, pixels = decoded.size, decoded.pixels
             item.record = replace(item.record, note=decoded.note)
-            del decoded  # the encoder may be slow
             only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)
-            item.decode_s -= self._put(inputs, only, progress)
+            item.decode_s -= self._put(inputs, only, decoder.touch)
         item.record = replace(item.record, width=size[0], height=size[1])
         if len(self._sizes) >= KNOWN_SIZES:
             self._sizes.clear()
         self._sizes[item.key] = size
 
-    def _decode_video(self, item: MediaItem, inputs: _Inputs, progress: Callable[[], None]) -> None:
-        info = probe(item.data, on_progress=progress)
+    def _decode_video(self, decoder: Decoder, inputs: _Inputs) -> None:
+        item, info = decoder.item, decoder.probe()
         item.record = replace(
             item.record,
             width=info.width,
@@ -288,21 +312,17 @@ class Prefetcher:
             missing = self._worker.missing(item.key, list(wanted), reread=item.task.reassigned)
             item.result = "ok" if missing else "present"
             got = 0
-            for frame in frames(
-                item.data, [wanted[v] for v in missing], info, on_progress=progress
-            ):
-                pixels, view = self._worker.prepare(frame.image), time_view(frame.wanted_us)
-                one = EncoderInput(item=item, pixels=pixels, view=view, time_s=frame.time_s)
-                item.decode_s -= self._put(inputs, one, progress)
+            for frame in decoder.frames([wanted[v] for v in missing]):
+                view = time_view(frame.wanted_us)
+                one = EncoderInput(item=item, pixels=frame.pixels, view=view, time_s=frame.time_s)
+                item.decode_s -= self._put(inputs, one, decoder.touch)
                 got += 1
             if got < len(missing):
                 raise BadMediaError(f"{got} of {len(missing)} frames could be decoded")
         if isinstance(item.data, Path):
             check_unchanged(item.data, item.record)
 
-    def _put(
-        self, inputs: _Inputs, one: EncoderInput | MediaItem, progress: Callable[[], None]
-    ) -> float:
+    def _put(self, inputs: _Inputs, one: EncoderInput | MediaItem, touch: Touch) -> float:
         """Wait for room; return the seconds it took. Meanwhile the item does not count as hanging."""
         start = time.perf_counter()
         while self._open:
@@ -310,14 +330,5 @@ class Prefetcher:
                 inputs.put(one, timeout=POLL_S)
                 break
             except queue.Full:
-                progress()
+                touch()
         return time.perf_counter() - start
-
-
-def _needed(item: MediaItem) -> int:
-    """Return the memory that decoding an item takes, bytes, estimated from its header."""
-    if item.task.kind == "video":
-        with open_video(item.data) as video:
-            return video.stream.width * video.stream.height * VIDEO_BYTES_A_PIXEL
-    assert isinstance(item.data, bytes), "images are read whole"
-    return decoding_bytes(item.data) if item.result == "ok" else 0

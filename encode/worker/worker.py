@@ -30,6 +30,7 @@ from configs import UserError
 from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog, decode_log_file
+from encode.worker.decoders import setup_for
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Prefetcher
@@ -84,7 +85,13 @@ class Worker:
         self._decode_log = DecodeLog(log_file, config.threads, paths.cache_root)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
-            self, config, self._decode_log, ahead=self._ahead, batch_size=self._batch_size
+            self,
+            config,
+            self._decode_log,
+            ahead=self._ahead,
+            batch_size=self._batch_size,
+            apart=setup_for(config, spec, encoder.device.type),
+            yields=encoder.device.type == "cpu",
         )
         self._writer = RowWriter(
             self.space,
@@ -157,7 +164,7 @@ class Worker:
         return self._present.missing(key, views)
 
     def decode(self, data: bytes) -> DecodedImage:
-        """Decode an image. Tests override it."""
+        """Decode an image, in a thread. Tests override it."""
         return self._encoder.decode(data)
 
     def prepare(self, image: Image.Image | DecodedImage) -> Pixels:

@@ -1,0 +1,386 @@
+"""Decode media in a process of its own, where a decoder crashes, hangs and holds Python's lock alone.
+
+    Setup, then for each media item:  Load (and its bytes)  ->  Needs        how much memory it takes
+                                      DecodeImage           ->  Picture      its pixels are in slot 0
+                                      ReadSize              ->  Picture      no pixels
+                                      Probe                 ->  Found        of a video
+                                      TakeFrames            ->  FrameReady for each, Over
+
+`encode.worker.decoders` starts the process and talks to it through a socket; pixels are in memory that both
+share. A message is its length in 4 bytes and msgpack. The process decodes what strangers made, so the other
+side checks the types of its answers and unpickles nothing. This module imports no torch: the process takes
+0.3 s to start and 50 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from model.media.images import (
+    BadMediaError,
+    DecodedImage,
+    decode_noted,
+    decoding_bytes,
+    fit_image,
+    image_size,
+)
+from model.media.video import frames
+from model.media.video_index import VideoInfo, probe
+from model.media.video_open import open_video
+
+SLOTS = 2
+"""Inputs that fit into the shared memory: a frame is copied out of it while the next one is decoded."""
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of a message, at most. Paths and reasons are the longest parts."""
+
+PROGRESS_EVERY_S = 1.0
+"""Seconds between two signs of life of a decode that makes progress."""
+
+VIDEO_BYTES_A_PIXEL = 60
+"""Memory of decoding a video for each pixel of its frame: 16 frames that a decoder keeps, those that its
+threads work on, and the copies that become an image."""
+
+_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+
+class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """How images become encoder inputs: the arguments of `model.media.images.fit_image`."""
+
+    side: int
+    """Side of an encoder input, pixels."""
+    fit: str
+    """squash, pad or crop."""
+    mean: tuple[float, float, float]
+    """The encoder's mean colour in [0, 1]."""
+    shorter_side: int | None = None
+    """With crop, pixels of the shorter side before the square is cut out."""
+    nice: int = 0
+    """Added to the niceness of the process."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one encoder input."""
+        return self.side * self.side * 3
+
+    def prepare(self, image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """Return the encoder input (S, S, 3) of an RGB image."""
+        return fit_image(image, self.side, self.fit, self.mean, self.shorter_side)
+
+
+class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The next media item. Its bytes follow the message, unless it names a file."""
+
+    kind: str
+    nbytes: int = 0
+    path: bytes | None = None
+
+
+class DecodeImage(msgspec.Struct, tag=True, frozen=True):
+    """Decode the image and put its encoder input into slot 0."""
+
+
+class ReadSize(msgspec.Struct, tag=True, frozen=True):
+    """Read the size of the image from its header."""
+
+
+class Probe(msgspec.Struct, tag=True, frozen=True):
+    """Scan the video."""
+
+
+class TakeFrames(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Decode the frames nearest to these times, microseconds, ascending."""
+
+    wanted_us: tuple[int, ...]
+
+
+class Copied(msgspec.Struct, tag=True, frozen=True):
+    """A frame has been copied, so its slot is free."""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The process has started."""
+
+
+class Needs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The memory that decoding takes, by the header; 0 if that is damaged, which decoding will report."""
+
+    nbytes: int
+
+
+class Picture(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """An image: its upright size, (0, 0) if unknown, and a defect that it has nevertheless."""
+
+    width: int
+    height: int
+    note: str | None = None
+
+
+class Found(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A video, as `model.media.video_index.VideoInfo` has it."""
+
+    width: int
+    height: int
+    duration_s: float
+    note: str | None
+
+
+class FrameReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The encoder input of a frame is in a slot."""
+
+    slot: int
+    wanted_us: int
+    time_s: float
+
+
+class Over(msgspec.Struct, tag=True, frozen=True):
+    """All frames that can be decoded have been sent."""
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """The decode makes progress."""
+
+
+class Bad(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A BadMediaError."""
+
+    reason: str
+    stage: str
+
+
+class Broken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Another error, which is not the media's."""
+
+    error: str
+
+
+Request = Setup | Load | DecodeImage | ReadSize | Probe | TakeFrames | Copied
+Answer = Ready | Needs | Picture | Found | FrameReady | Over | Progress | Bad | Broken
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+class GoneError(Exception):
+    """The other side of a channel has closed it, or has ended."""
+
+
+class Channel:
+    """Messages through a socket. One thread uses an end. Every method may raise GoneError."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self._got = bytearray()
+
+    def send(self, message: Request | Answer, data: bytes = b"") -> None:
+        """Send a message, and bytes behind it."""
+        text = msgspec.msgpack.encode(message)
+        try:
+            self.end.sendall(len(text).to_bytes(4, "big") + text)
+            if data:
+                self.end.sendall(data)
+        except OSError as error:  # a time-out too: the other side reads nothing
+            raise GoneError from error
+
+    def answer(self) -> Answer | None:
+        """Return the next answer; None if the socket's time-out passes first."""
+        text = self._message()
+        try:
+            return None if text is None else _answers.decode(text)
+        except msgspec.MsgspecError as error:  # bytes of a process that is out of control
+            raise GoneError from error
+
+    def request(self) -> Request:
+        """Return the next request."""
+        text = self._message()
+        assert text is not None, "this end has no time-out"
+        return _requests.decode(text)
+
+    def data(self, nbytes: int) -> bytes:
+        """Return the bytes behind a message."""
+        got = bytearray(nbytes)
+        first = min(nbytes, len(self._got))
+        got[:first] = self._got[:first]
+        del self._got[:first]
+        with memoryview(got) as rest:
+            while first < nbytes:
+                read = self.end.recv_into(rest[first:])
+                if not read:
+                    raise GoneError
+                first += read
+        return bytes(got)
+
+    def _message(self) -> bytes | None:
+        while True:
+            if len(self._got) >= 4:
+                length = int.from_bytes(self._got[:4], "big")
+                if length > MAX_MESSAGE:
+                    raise GoneError
+                if len(self._got) >= 4 + length:
+                    text = bytes(self._got[4 : 4 + length])
+                    del self._got[: 4 + length]
+                    return text
+            try:
+                more = self.end.recv(1 << 16)
+            except TimeoutError:
+                return None
+            except ConnectionError:
+                more = b""
+            if not more:
+                raise GoneError
+            self._got += more
+
+
+def needed_bytes(kind: str, data: bytes | Path) -> int:
+    """Return the memory that decoding takes, bytes, estimated from the header.
+
+    Raises:
+        BadMediaError: the header cannot be read.
+    """
+    if kind == "video":
+        with open_video(data) as video:
+            return video.stream.width * video.stream.height * VIDEO_BYTES_A_PIXEL
+    assert isinstance(data, bytes), "images are read whole"
+    return decoding_bytes(data)
+
+
+class Server:
+    """Answers the requests of one worker's thread."""
+
+    def __init__(self, channel: Channel, setup: Setup, memory: mmap.mmap) -> None:
+        self._channel, self._setup, self._memory = channel, setup, memory
+        self._kind = "image"  # of the media item
+        self._data: bytes | Path = b""
+        self._info: VideoInfo | None = None
+        self._sent_s = 0.0
+
+    def run(self) -> None:
+        """Answer until the other side is gone."""
+        self._channel.send(Ready())
+        while True:
+            request = self._channel.request()
+            self._sent_s = time.monotonic()
+            try:
+                answer = self._answer(request)
+            except BadMediaError as error:
+                answer = Bad(reason=error.reason, stage=error.stage)
+            except GoneError:
+                raise
+            except Exception as error:
+                text = " ".join(str(error).split())[:200]
+                answer = Broken(error=f"{type(error).__name__}: {text}")
+            if answer is not None:
+                self._channel.send(answer)
+
+    def _answer(self, request: Request) -> Answer | None:
+        match request:
+            case Load():
+                return self._load(request)
+            case DecodeImage():
+                return self._image()
+            case ReadSize():
+                return self._size()
+            case Probe():
+                info = self._probe()
+                return Found(
+                    width=info.width,
+                    height=info.height,
+                    duration_s=info.duration_s,
+                    note=info.note,
+                )
+            case TakeFrames():
+                return self._frames(request.wanted_us)
+        return None  # Copied, of one of the last frames
+
+    def _load(self, request: Load) -> Answer:
+        self._kind, self._info = request.kind, None
+        if request.path is not None:
+            self._data = Path(os.fsdecode(request.path))
+        else:
+            self._data = self._channel.data(request.nbytes)
+        try:
+            return Needs(nbytes=needed_bytes(self._kind, self._data))
+        except Exception:  # decoding reports what is wrong
+            return Needs(nbytes=0)
+
+    def _image(self) -> Answer:
+        assert isinstance(self._data, bytes), "images are sent whole"
+        decoded: DecodedImage = decode_noted(self._data)
+        self._put(0, decoded.image)
+        return Picture(width=decoded.image.width, height=decoded.image.height, note=decoded.note)
+
+    def _size(self) -> Answer:
+        assert isinstance(self._data, bytes), "images are sent whole"
+        try:
+            width, height = image_size(self._data)
+        except BadMediaError:  # a duplicate: the source that is decoded reports it
+            width = height = 0
+        return Picture(width=width, height=height)
+
+    def _probe(self) -> VideoInfo:
+        if self._info is None:
+            self._info = probe(self._data, on_progress=self._progress)
+        return self._info
+
+    def _frames(self, wanted_us: tuple[int, ...]) -> Answer:
+        ahead = 0  # sent, and not known to be copied
+        found = frames(self._data, wanted_us, self._probe(), on_progress=self._progress)
+        for number, frame in enumerate(found):
+            if ahead == SLOTS:
+                copied = self._channel.request()  # the encoder may be slow
+                assert isinstance(copied, Copied), copied
+                ahead -= 1
+            self._put(number % SLOTS, frame.image)
+            self._channel.send(
+                FrameReady(slot=number % SLOTS, wanted_us=frame.wanted_us, time_s=frame.time_s)
+            )
+            self._sent_s = time.monotonic()
+            ahead += 1
+        return Over()
+
+    def _put(self, slot: int, image: Image.Image) -> None:
+        size, side = self._setup.slot_bytes, self._setup.side
+        there = np.frombuffer(self._memory, np.uint8, size, slot * size)
+        there.reshape(side, side, 3)[:] = self._setup.prepare(image)
+
+    def _progress(self) -> None:
+        if time.monotonic() - self._sent_s > PROGRESS_EVERY_S:
+            self._sent_s = time.monotonic()
+            self._channel.send(Progress())
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process with the thread that started it, also while a decoder hangs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended meanwhile
+        os._exit(0)
+
+
+def main(parent: int, socket_fd: int, memory_fd: int) -> None:
+    """Run the process.
+
+    Args:
+        parent: id of the process that started it.
+        socket_fd: its end of the socket.
+        memory_fd: the memory that both share.
+    """
+    end_with_parent(parent)
+    channel = Channel(socket.socket(fileno=socket_fd))
+    with contextlib.suppress(GoneError):
+        setup = channel.request()
+        assert isinstance(setup, Setup), setup
+        with contextlib.suppress(OSError):  # then it competes with the encoder
+            os.nice(setup.nice)
+        Server(channel, setup, mmap.mmap(memory_fd, SLOTS * setup.slot_bytes)).run()
