@@ -43,7 +43,7 @@ from encode.download.config import DownloadConfig
 from encode.driver.progress import OnProgress
 from encode.fetch_only import fetch_only
 from encode.sources.catalogue import Dataset, choose, open_datasets
-from encode.worker.config import WorkerConfig
+from encode.worker.config import WorkerConfig, spin_briefly
 from model.vision.config import encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
@@ -137,10 +137,11 @@ class Options:
     """Worker processes; 0: encode in this process, without Ray. auto: one for each GPU; on a CPU, 0 for jobs
     under 2 minutes, else one for 8 cores."""
     threads: int | None = None
-    """Reading threads of each worker, and as many decoding threads. Default: by the number of cores."""
+    """Reading threads of each worker, and as many that decode (processes, in jobs of over 10 seconds).
+    Default: by the number of cores."""
     timeout_s: float = 120.0
-    """Seconds without progress after which decoding a file counts as hanging. Its worker is replaced, and the
-    file is retried alone once."""
+    """Seconds without progress after which decoding a file counts as hanging. What decodes it is replaced,
+    and the file is retried once."""
     commit_every_s: float = WorkerConfig.commit_every_s
     """Seconds after which a shard is committed although it is not full: the most work a crash can lose."""
 
@@ -239,6 +240,7 @@ def encode(
                 return code
         return 0
 
+    spin_briefly()
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from configs.signals import Interrupts
     from encode.driver.resources import choose_layout

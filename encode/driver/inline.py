@@ -1,6 +1,7 @@
 """Run a job in the driver's own process, without Ray: for small jobs, for debugging, for tests.
 
-A file that crashes its worker ends the job here. With `--workers 1` it is recorded in the ledger instead.
+A file that crashes its worker ends the job here: decoding runs in the driver's own process if the job is
+short. With `--workers 1` such a file is recorded in the ledger instead.
 """
 
 from __future__ import annotations

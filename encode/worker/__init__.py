@@ -2,7 +2,8 @@
 
     SourceTask        a source to encode, from the driver                                    messages.py
       -> MediaItem    one source inside the worker; every step below fills in its part       media_item.py
-      -> EncoderInput one view of it: an image, or a frame of a video; read and decoded by   prefetch.py
+      -> EncoderInput one view of it: an image, or a frame of a video; read and decoded by   prefetch.py,
+                      in threads (decoders.py) or processes (process_decoder.py)
       -> NewRow       one view's features: batched, encoded and packed by                    worker.py
       -> RowFacts     what a commit records of a row; written to a shard and committed by    row_writer.py
     Outcome           the result of the source, back to the driver                           messages.py

@@ -46,6 +46,9 @@ from model.media.images import BadMediaError, DecodedImage, Failure
 READ_GROUP = 16
 """Sources that are read, and then reserved with one call to the driver, at a time."""
 
+GATHER_S = 0.001
+"""Seconds to wait for the next source of a group: the worker puts many, one after the other."""
+
 FRAME_BATCHES = 3
 """Batches of frames that one video may decode ahead of the encoder."""
 
@@ -190,9 +193,12 @@ class Prefetcher:
         one = self._inbox.get()
         while one is not None and self._open:
             group.append(one)
-            if len(group) == READ_GROUP or self._inbox.empty():
+            if len(group) == READ_GROUP:
                 return group
-            one = self._inbox.get()
+            try:
+                one = self._inbox.get(timeout=GATHER_S)
+            except queue.Empty:
+                return group
         return []
 
     def _read_all(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:

@@ -301,7 +301,8 @@ class ProcessDecoder(Decoder):
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):  # a real-time signal
                 return _LostError("crashed", signal.Signals(-code).name)
-        return _LostError("crashed", f"exit code {code}")
+        why = "its answers make no sense" if code is None else f"exit code {code}"
+        return _LostError("crashed", why)
 
     def _astray(self, answer: object) -> _LostError:
         """End a process that answers what was not asked: a damaged one, like one that has crashed."""

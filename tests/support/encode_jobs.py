@@ -104,6 +104,7 @@ def encode(
     rehash: bool = False,
     timeout_s: float = 60.0,
     threads: int = 2,
+    decode_apart: bool = False,
     interrupts: Interrupts | None = None,
 ) -> Result:
     """Run one job as `encode.run` does, with an encoder that is in no YAML file."""
@@ -117,7 +118,13 @@ def encode(
         job.show(plan)
         job.open_space(plan)
         if plan.todo:
-            layout = WorkerLayout(workers=workers, gpus=0, threads=threads, torch_threads=1)
+            layout = WorkerLayout(
+                workers=workers,
+                gpus=0,
+                threads=threads,
+                torch_threads=1,
+                decode_apart=decode_apart,
+            )
             job.run(layout, lock.token, interrupts, timeout_s=timeout_s)
         code = job.close(1.0, interrupts)
     ledger = {Path(source).name: record for source, record in read_media(cache).items()}

@@ -28,7 +28,8 @@ def test_workers_and_threads_follow_from_cores_gpus_and_seconds(
     monkeypatch.setattr("torch.get_num_threads", lambda: 16)
     monkeypatch.setattr(resources, "gpus", lambda device: 0)
     small, large = layout("auto", None, 5.0), layout("auto", None, 5000.0)
-    assert (small.workers, small.torch_threads) == (0, 16)
+    assert (small.workers, small.torch_threads, small.decode_apart) == (0, 16, False)
+    assert large.decode_apart and layout("auto", None, 20.0).decode_apart
     assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
     assert layout(5, 3, 1.0).threads == 3
     assert layout(5, None, 1.0).torch_threads == 3

@@ -134,7 +134,9 @@ def test_ray_workers_store_the_same_rows_as_inline_and_listen_on_loopback_alone(
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     config = replace(CONFIG, commit_every_s=1000.0)
     with Listeners() as listeners:
-        result = encode(tmp_path / "ray", f"folder:{photos}", workers=2, config=config)
+        result = encode(
+            tmp_path / "ray", f"folder:{photos}", workers=2, config=config, decode_apart=True
+        )
     assert_whole(result, inline)
     assert result.job._tracker.encoded == 64
     assert result.job._tracker.reused == 1

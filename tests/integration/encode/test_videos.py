@@ -20,7 +20,7 @@ from cache.format.codec import pack
 from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.ledger import MediaRecord
 from cache.store.reader import FeatureReader
-from encode.worker import prefetch
+from encode.worker import decoders
 from encode.worker.media_item import Pixels
 from encode.worker.worker import Worker
 from model.media.images import BadMediaError
@@ -141,8 +141,8 @@ def test_a_video_with_fewer_frames_than_announced_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shoot(tmp_path / "videos", (5,))
-    some = prefetch.frames
-    monkeypatch.setattr(prefetch, "frames", lambda *a, **k: itertools.islice(some(*a, **k), 3))
+    some = decoders.frames
+    monkeypatch.setattr(decoders, "frames", lambda *a, **k: itertools.islice(some(*a, **k), 3))
     result = encode(tmp_path / "cache", f"folder:{tmp_path / 'videos'}")
     assert result.failures() == {"video00.y4m": ("decode", "3 of 5 frames could be decoded")}
     assert result.reader.rows("frame") == 0

@@ -1,0 +1,64 @@
+"""Encode jobs beside what the machine allows, and beside other libraries.
+
+python -m tests.benchmarks.encode                 # twenty minutes on two free cores; 3 GB of disk and memory
+python -m tests.benchmarks.encode --only cheap    # or: vit-l, gpu
+python -m tests.benchmarks.encode --small         # the same code, tiny: figures mean nothing
+
+The photographs are real, saved with 400 to 2,000 pixels. Other libraries are used where they are installed,
+here or in `--environment`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from encode.worker.config import spin_briefly
+from tests.benchmarks import bench
+from tests.benchmarks.bench import Requirements, run
+from tests.benchmarks.encode.photos import make_photos
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(bench.Options):
+    """Measure encode jobs."""
+
+    only: Literal["", "vit-l", "cheap", "gpu"] = ""
+    """The part to measure; all by default."""
+    small: bool = False
+    """Measure a few small photographs."""
+    rounds: int = 3
+    """Turns of each case."""
+    images: int = 600
+    """Photographs of a long job."""
+    environment: Path = Path("~/.cache/nanomolmo2/bench/encode")
+    """Environment with other libraries."""
+
+
+def measure(options: Options, folder: Path, requirements: Requirements) -> None:
+    """Measure the parts."""
+    spin_briefly()
+    # Imported here: torch reads the environment once, and these import it.
+    from tests.benchmarks.encode import bound, peers
+    from tests.benchmarks.encode.jobs import Photos
+
+    count, largest = (16, 500) if options.small else (options.images, 2000)
+    rounds = 1 if options.small else options.rounds
+    paths = make_photos(folder / "photos", count, largest=largest)
+    size = sum(path.stat().st_size for path in paths)
+    print(f"{count} photographs, {size / count / 1e3:.0f} KB each", flush=True)
+    if options.only in ("", "cheap"):
+        photos = Photos.of(folder / "cheap", paths, count // 4, count)
+        found = peers.available(photos, bound.CHEAP, options.environment)
+        bound.measure_cheap(photos, rounds, found, requirements)
+    if options.only in ("", "gpu"):
+        photos = Photos.of(folder / "gpu", paths, count // 4, count)
+        bound.measure_gpu(photos, rounds, requirements)
+    if options.only in ("", "vit-l"):
+        photos = Photos.of(folder / "vit-l", paths, min(8, count // 2), min(40, count))
+        bound.measure_vit_l(photos, rounds, requirements)
+
+
+if __name__ == "__main__":
+    run("encode", __doc__, measure, Options)

@@ -1,0 +1,264 @@
+"""Encode jobs beside what the cores allow: 1 / (t_encode + cpu_s_of_the_rest / cores), each measured alone.
+
+    t_encode             seconds of an image in bare forward passes, which use all cores
+    cpu_s_of_the_rest    processor time to read, hash, decode, fit, pack, write and commit an image
+
+A GPU is a tower that sleeps: a batch takes the time it would take at 1,000 images/s. It leaves all cores to
+decoding, so what the decoders can deliver is cores / cpu_s. Where that is below 1,000, it is the bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from encode.driver import resources
+from encode.worker import process_decoder
+from model.vision.config import DemoTowerConfig, EncoderConfig, encoder_config
+from model.vision.encoder import VisionEncoder, load_encoder
+from tests.benchmarks.bench import Requirements
+from tests.benchmarks.encode.jobs import (
+    Jobs,
+    Photos,
+    Speed,
+    decode_cpu_s,
+    encode_seconds,
+    median,
+    store_cpu_s,
+    work_seconds,
+)
+
+GPU_RATE = 1000
+"""Images a second of the GPU that sleeps."""
+SLEEPERS = 16
+"""Decoding processes of a machine with this many cores, for which processes that sleep stand."""
+SLEEP_S = 0.012
+"""Seconds that one of them takes for an image."""
+
+CHEAP = EncoderConfig(
+    name="cheap",
+    library="demo",
+    activation="gelu",
+    blocks=(5,),
+    fit="pad",
+    tower=DemoTowerConfig(image_size=336, patch_size=14, width=256, depth=6, heads=4),
+)
+"""A tower of 7.6 GFLOP an image, a fiftieth of ViT-L/14@336's 382."""
+
+GPU = dataclasses.replace(
+    CHEAP,
+    name="gpu",
+    blocks=(0,),
+    pool_frame=1,
+    tower=DemoTowerConfig(image_size=336, patch_size=168, width=64, depth=1, heads=1),
+)
+"""The entry of the tower that sleeps: the input of ViT-L/14@336, and rows that cost the host nothing."""
+
+# The program of a decoding process that takes some time and no core.
+SLEEPING_PROGRAM = f"""
+import json, sys, time
+path, *numbers = json.loads(sys.argv[1])
+sys.path[:] = path
+from encode.worker import decode_process
+from PIL import Image
+grey = decode_process.DecodedImage(Image.new("RGB", (336, 336)))
+def decode(data):
+    time.sleep({SLEEP_S})
+    return grey
+decode_process.decode_noted = decode
+decode_process.Setup.prepare = lambda setup, image: image
+decode_process.main(*numbers)
+"""
+
+
+def vit_l() -> tuple[EncoderConfig, VisionEncoder]:
+    """Return ViT-L/14@336 with random weights."""
+    config = encoder_config("clip-vit-l14-336")
+    return config, load_encoder(config, device="cpu", random_weights=True)
+
+
+class SleepingEncoder(VisionEncoder):
+    """Sleeps as long as a GPU computes. Its features are zeros."""
+
+    rate = GPU_RATE
+
+    def encode(self, pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
+        """Sleep, and return features of zeros."""
+        time.sleep(len(pixels) / self.rate)
+        spec = self.spec("fp16")
+        return torch.zeros(len(pixels), spec.tokens(array), spec.width)
+
+
+def sleeping_encoder() -> VisionEncoder:
+    """Return the tower that sleeps."""
+    encoder = load_encoder(GPU, device="cpu")
+    encoder.__class__ = SleepingEncoder
+    return encoder
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rounds:
+    """What the rounds of one encoder measured."""
+
+    name: str
+    encode_s: list[float] = dataclasses.field(default_factory=list)
+    decode_s: list[float] = dataclasses.field(default_factory=list)
+    store_s: list[float] = dataclasses.field(default_factory=list)
+    speeds: dict[str, list[Speed]] = dataclasses.field(default_factory=dict)
+
+    def bounds(self) -> list[float]:
+        """Return the seconds of an image that the cores allow, by round."""
+        cores = resources.cores()
+        parts = zip(self.encode_s, self.decode_s, self.store_s, strict=True)
+        return [encode + (decode + store) / cores for encode, decode, store in parts]
+
+    def share(self, case: str, bounds: list[float] | None = None) -> float:
+        """Return the median of bound / time of the rounds."""
+        times = [speed.image_s for speed in self.speeds[case]]
+        return statistics.median(
+            bound / time for bound, time in zip(bounds or self.bounds(), times, strict=True)
+        )
+
+    def show(self) -> None:
+        """Print the figures of the parts and of each case."""
+        encode, decode, store = (
+            1e3 * statistics.median(part) for part in (self.encode_s, self.decode_s, self.store_s)
+        )
+        bound = statistics.median(self.bounds())
+        print(
+            f"{self.name}: encode {encode:.1f} ms of all cores; one core: decode {decode:.1f} ms, "
+            f"store {store:.2f} ms; the cores allow {1 / bound:.1f} images/s",
+            flush=True,
+        )
+        for case, speeds in self.speeds.items():
+            speed = median(speeds)
+            print(
+                f"  {case:<34}{1 / speed.image_s:8.1f} images/s, start-up {speed.start_s:5.1f} s",
+                flush=True,
+            )
+
+
+def measure_rounds(
+    name: str,
+    encoder: VisionEncoder,
+    photos: Photos,
+    cases: dict[str, Callable[[], Speed]],
+    *,
+    rounds: int,
+    batches: int,
+) -> Rounds:
+    """Measure the parts and all cases in every round; the order of cases is reversed in every second one."""
+    found = Rounds(name=name, speeds={case: [] for case in cases})
+    for number in range(rounds):
+        found.encode_s.append(encode_seconds(encoder, batches))
+        found.decode_s.append(decode_cpu_s(encoder, photos.long))
+        found.store_s.append(store_cpu_s(encoder, photos.folder / "alone", batches))
+        for case in list(cases)[:: -1 if number % 2 else 1]:
+            found.speeds[case].append(cases[case]())
+    found.show()
+    return found
+
+
+def measure_vit_l(photos: Photos, rounds: int, requirements: Requirements) -> None:
+    """Compare a job with ViT-L/14@336 on the CPU with its bound."""
+    config, encoder = vit_l()
+    jobs = Jobs(photos.folder / "vit-l", config, encoder)
+    words = ("--device", "cpu", "--random-weights", "--workers", "0")
+    cases = {"inline": lambda: photos.measure(lambda name: jobs.run(*_where(photos, name), *words))}
+    found = measure_rounds("ViT-L/14@336", encoder, photos, cases, rounds=rounds, batches=3)
+    requirements.at_least(
+        "ViT-L/14@336 on the CPU, of what the cores allow", found.share("inline"), 0.97
+    )
+
+
+def measure_cheap(
+    photos: Photos,
+    rounds: int,
+    peers: dict[str, Callable[[], Speed]],
+    requirements: Requirements,
+) -> None:
+    """Compare jobs with a cheap tower, inline and over Ray, with their bound and with other libraries."""
+    encoder = load_encoder(CHEAP, device="cpu")
+    inline = Jobs(photos.folder / "cheap", CHEAP, encoder)
+    over_ray = Jobs(photos.folder / "cheap-ray", CHEAP)
+    words = ("--device", "cpu", "--workers")
+
+    def ray() -> Speed:
+        worked: dict[str, float] = {}
+
+        def job(name: str) -> None:
+            folder, count = _where(photos, name)
+            worked[name] = work_seconds(over_ray.run(folder, count, *words, "2"), count)
+
+        whole = photos.measure(job)
+        counts = len(photos.short), len(photos.long)
+        speed = Speed.of((counts[0], worked["short"]), (counts[1], worked["long"]))
+        # The start of Ray varies more than the jobs take: only what workers report counts.
+        return dataclasses.replace(speed, start_s=whole.start_s)
+
+    cases: dict[str, Callable[[], Speed]] = {
+        "inline": lambda: photos.measure(
+            lambda name: inline.run(*_where(photos, name), *words, "0")
+        ),
+        "over Ray, 2 workers": ray,
+        **peers,
+    }
+    found = measure_rounds("cheap tower", encoder, photos, cases, rounds=rounds, batches=20)
+    for case in ("inline", "over Ray, 2 workers"):
+        requirements.at_least(
+            f"cheap tower, {case}, of what the cores allow", found.share(case), 0.9
+        )
+    ours = [speed.image_s for speed in found.speeds["inline"]]
+    for case in peers:
+        theirs = [speed.image_s for speed in found.speeds[case]]
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        requirements.at_least(f"cheap tower, inline, speed beside {case}", ratio, 1.0)
+
+
+def measure_gpu(photos: Photos, rounds: int, requirements: Requirements) -> None:
+    """Compare jobs of a GPU that sleeps with what the decoders deliver."""
+    encoder = sleeping_encoder()
+    jobs = Jobs(photos.folder / "gpu", GPU, encoder)
+    words = ("--device", "cpu", "--workers", "0")
+
+    def run(name: str, *more: str) -> object:
+        return jobs.run(*_where(photos, name), *words, *more)
+
+    def asleep() -> Speed:
+        program = process_decoder.PROGRAM
+        process_decoder.PROGRAM = SLEEPING_PROGRAM
+        try:
+            return photos.measure(lambda name: run(name, "--threads", str(SLEEPERS)))
+        finally:
+            process_decoder.PROGRAM = program
+
+    cases: dict[str, Callable[[], Speed]] = {
+        "decoders on the cores": lambda: photos.measure(run),
+        f"{SLEEPERS} decoders that sleep": asleep,
+    }
+    found = measure_rounds("GPU that sleeps", encoder, photos, cases, rounds=rounds, batches=3)
+    gpu_s = 1 / GPU_RATE
+    delivered = [max(gpu_s, decode / resources.cores()) for decode in found.decode_s]
+    requirements.at_least(
+        "GPU that sleeps, of what the decoders deliver",
+        found.share("decoders on the cores", delivered),
+        0.9,
+    )
+    sleepers = max(gpu_s, SLEEP_S / SLEEPERS)
+    requirements.at_least(
+        f"GPU that sleeps, of {1 / sleepers:.0f}/s by {SLEEPERS} decoders that sleep",
+        found.share(f"{SLEEPERS} decoders that sleep", [sleepers] * rounds),
+        0.9,
+    )
+
+
+def _where(photos: Photos, name: str) -> tuple[Path, int]:
+    """Return the folder and the number of the photographs of a job."""
+    return photos.folder / name, len(photos.short if name == "short" else photos.long)

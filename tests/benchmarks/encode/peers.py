@@ -1,0 +1,85 @@
+"""Other libraries that encode the same photographs, decoded the same way, with the same tower.
+
+Each runs `peer_loops.py` in its own process, by this interpreter or by that of another environment:
+
+    python -m venv ~/.cache/nanomolmo2/bench/encode
+    ~/.cache/nanomolmo2/bench/encode/bin/pip install -e '.[bench]' clip-retrieval
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from model.vision.config import EncoderConfig
+from tests.benchmarks.encode.jobs import Photos, Speed
+from tests.support import ROOT
+
+PEERS = {
+    "dataloader": "DataLoader loop that saves .npy",
+    "datasets": "datasets.map",
+    "datasets_processes": "datasets.map, a process a core",
+    "ray_data": "Ray Data map_batches",
+    "clip_retrieval": "clip-retrieval's inference",
+}
+"""Function of peer_loops.py -> what it is."""
+
+
+class NotInstalledError(Exception):
+    """The library is in no environment."""
+
+
+def available(
+    photos: Photos, config: EncoderConfig, environment: Path
+) -> dict[str, Callable[[], Speed]]:
+    """Return the peers that are installed, after printing which are not."""
+    python = environment.expanduser() / "bin" / "python"
+    interpreters = [sys.executable, *([str(python)] if python.exists() else [])]
+    found: dict[str, Callable[[], Speed]] = {}
+    for peer, name in PEERS.items():
+        for interpreter in interpreters:
+            done = _run(interpreter, peer)
+            if done.returncode == 0:
+                found[name] = partial(measure, interpreter, peer, photos, config)
+                break
+        else:
+            why = done.stderr.strip().splitlines()[-1:] or ["no reason"]
+            print(f"{name}: not installed ({why[0]})", flush=True)
+    return found
+
+
+def measure(interpreter: str, peer: str, photos: Photos, config: EncoderConfig) -> Speed:
+    """Run a peer on the short and the long list.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    job = {
+        "short": [str(path) for path in photos.short],
+        "long": [str(path) for path in photos.long],
+        "folder": str(photos.folder / "peer"),
+        "encoder": asdict(config),
+    }
+    done = _run(interpreter, peer, json.dumps(job))
+    if done.returncode:
+        raise SystemExit(f"{peer}: {done.stderr}")
+    taken = json.loads(done.stdout.splitlines()[-1])
+    return Speed.of((len(photos.short), taken["short"]), (len(photos.long), taken["long"]))
+
+
+def _run(interpreter: str, peer: str, job: str = "") -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name("peer_loops.py")
+    return subprocess.run(
+        [interpreter, str(script), peer],
+        input=job,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )

@@ -1,0 +1,310 @@
+"""Decoding in a process: equal to decoding in a thread, and no crash, hang or kill harms more than one item.
+
+decoder = ProcessDecoder(Setup(side=28, fit="pad", mean=(0.5, 0.5, 0.5)), 120.0, lambda: True)
+decoder.take(item)
+decoder.needed(), decoder.image()
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cache.store.ledger import MediaRecord
+from encode.sources.demo_drawings import DemoWorld
+from encode.sources.demo_videos import draw_video
+from encode.worker import process_decoder
+from encode.worker.decode_log import DecodeLog
+from encode.worker.decode_process import DecodeImage, Setup
+from encode.worker.decoders import NICE, Decoder, ThreadDecoder, lower_priority, setup_for
+from encode.worker.media_item import EncoderInput, MediaItem
+from encode.worker.messages import SourceTask
+from encode.worker.prefetch import Prefetcher
+from encode.worker.process_decoder import DecodeProcessError, ProcessDecoder
+from model.media.images import BadMediaError, decode_noted
+from model.vision.encoder import load_encoder
+from tests.support.encode_jobs import CONFIG, draw
+from tests.support.photos import image_files
+
+SETUP = Setup(side=28, fit="pad", mean=(0.1, 0.5, 0.9))
+ODD = """
+import json, os, signal, sys, time
+from pathlib import Path
+path, *numbers = json.loads(sys.argv[1])
+sys.path[:] = path
+from encode.worker import decode_process
+first = Path({flag!r})
+prepare = decode_process.Setup.prepare
+def odd(self, image):
+    side = image.width
+    if side == 31:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif side == 32:
+        time.sleep(600)
+    elif side == 33:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif side == 34:
+        raise RuntimeError("no memory\\nfor it")
+    elif side == 35 and not first.exists():
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif side == 36:
+        count = len(first.read_text()) if first.exists() else 0
+        first.write_text("." * (count + 1))
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+    elif side == 37:
+        os.write(numbers[1], b"\\xff" * 64)
+        time.sleep(600)
+    elif side == 38:
+        answer = decode_process.Found(width=1, height=1, duration_s=1.0, note=None)
+        decode_process.Channel(decode_process.socket.socket(fileno=os.dup(numbers[1]))).send(answer)
+    return prepare(self, image)
+decode_process.Setup.prepare = odd
+decode_process.main(*numbers)
+"""
+"""A process that behaves as the width of an image says."""
+
+Start = Callable[..., ProcessDecoder]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    made: list[ProcessDecoder] = []
+
+    def make(*, odd: bool = False, timeout_s: float = 60.0, **values: Any) -> ProcessDecoder:
+        if odd:
+            program = ODD.format(flag=str(tmp_path / "flag"))
+            monkeypatch.setattr(process_decoder, "PROGRAM", program)
+        made.append(ProcessDecoder(values.get("setup", SETUP), timeout_s, lambda: True))
+        return made[-1]
+
+    yield make
+    for decoder in made:
+        decoder.close()
+
+
+def item_of(data: bytes | Path, kind: str = "image") -> MediaItem:
+    task = SourceTask(source=str(data) if isinstance(data, Path) else "/some", kind=kind)
+    record = MediaRecord(source=task.source, kind=kind, key="0" * 64)
+    return MediaItem(task=task, record=record, data=data)
+
+
+def square(folder: Path, side: int) -> MediaItem:
+    (path,) = draw(folder / str(side), 1, side=side)
+    return item_of(path.read_bytes())
+
+
+def outcome(decoder: Decoder, item: MediaItem) -> object:
+    """Return all that decoding an item gives, as values that can be compared."""
+    decoder.take(item)
+    needed = decoder.needed()
+    try:
+        if item.task.kind == "image":
+            decoded = decoder.image()
+            return needed, decoder.size(), decoded.size, decoded.note, decoded.pixels.tobytes()
+        info = decoder.probe()
+        wanted = [0, 700_000, 1_000_000, 1_000_000, 9_000_000]
+        found = [(f.wanted_us, f.time_s, f.pixels.tobytes()) for f in decoder.frames(wanted)]
+        return needed, info, found, [f.wanted_us for f in decoder.frames(wanted[3:])]
+    except BadMediaError as error:
+        return needed, error.failure
+
+
+def test_a_process_gives_what_a_thread_gives(start: Start, tmp_path: Path) -> None:
+    files = image_files()
+    files["cut"] = files["jpeg"][:-2]
+    files["damaged"] = files["png"][: len(files["png"]) // 2]
+    files["nothing"] = b""
+    files["large"] = Image.effect_noise((900, 700), 90).tobytes() * 2  # beyond a socket's buffer
+    video = draw_video(DemoWorld(images=9, side=24, video_frames=7), 0)
+    path = tmp_path / "vidéo \udce9.y4m"  # no valid UTF-8
+    path.write_bytes(video)
+    items = [item_of(data) for data in files.values()]
+    items += [item_of(video, "video"), item_of(path, "video"), item_of(b"text", "video")]
+    process = start()
+    thread = ThreadDecoder(decode_noted, SETUP.prepare)
+    for item in items:
+        assert outcome(process, item) == outcome(thread, item)
+    assert process._process is not None and process._process.poll() is None, "one did them all"
+
+
+def test_the_encoder_input_is_that_of_the_encoder() -> None:
+    """The recipe of a process comes from spec and entry: for each fit, it equals the encoder's own."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
+    recipes: list[dict[str, Any]] = [
+        {"fit": "pad", "mean": (0.2, 0.4, 0.9)},
+        {"fit": "squash"},
+        {"fit": "crop", "shorter_side": 40},
+    ]
+    for values in recipes:
+        config = replace(CONFIG, encoder=replace(CONFIG.encoder, **values), decode_apart=True)
+        encoder = load_encoder(config.encoder, device="cpu")
+        setup = setup_for(config, encoder.spec("int8"), "cpu")
+        assert setup is not None and setup.nice == NICE
+        assert np.array_equal(setup.prepare(image), encoder.prepare(image))
+    assert setup_for(CONFIG, encoder.spec("int8"), "cpu") is None
+
+
+def test_an_image_that_crashes_its_process_twice_has_failed_and_the_next_one_has_not(
+    start: Start, tmp_path: Path
+) -> None:
+    decoder = start(odd=True)
+    for side in (31, 24, 31):
+        decoder.take(square(tmp_path, side))
+        assert decoder.needed() > 0
+        if side == 24:
+            assert decoder.image().size == (24, 24)
+            continue
+        with pytest.raises(BadMediaError) as bad:
+            decoder.image()
+        assert bad.value.stage == "decode"
+        assert bad.value.reason == (
+            "crashed the process that decodes it, also at a second try (SIGSEGV)"
+        )
+
+
+def test_an_image_that_hangs_its_process_twice_has_failed(start: Start, tmp_path: Path) -> None:
+    decoder = start(odd=True, timeout_s=0.6)
+    decoder.take(square(tmp_path, 32))
+    decoder.needed()
+    with pytest.raises(BadMediaError, match="hung the process that decodes it, also at a second"):
+        decoder.image()
+
+
+def test_a_killed_process_is_no_fault_of_the_image(start: Start, tmp_path: Path) -> None:
+    decoder = start(odd=True)
+    decoder.take(square(tmp_path, 35))
+    decoder.needed()
+    assert decoder.image().size == (35, 35), "killed once, then decoded"
+    decoder.take(square(tmp_path, 33))
+    decoder.needed()
+    with pytest.raises(DecodeProcessError, match=r"killed 3 times \(SIGKILL\); .*--threads N"):
+        decoder.image()
+    decoder.take(square(tmp_path, 34))
+    decoder.needed()
+    with pytest.raises(DecodeProcessError, match="RuntimeError: no memory for it"):
+        decoder.image()
+
+
+def test_a_process_out_of_control_counts_as_crashed(start: Start, tmp_path: Path) -> None:
+    decoder = start(odd=True)
+    for side in (37, 38):
+        decoder.take(square(tmp_path, side))
+        decoder.needed()
+        with pytest.raises(BadMediaError, match="crashed the process that decodes it"):
+            decoder.image()
+
+
+def test_a_video_goes_on_behind_the_frame_that_crashed_its_process(
+    start: Start, tmp_path: Path
+) -> None:
+    data = draw_video(DemoWorld(images=9, side=36, video_frames=7), 0)
+    wanted = [0, 500_000, 1_000_000, 1_500_000, 2_000_000]
+    found = []
+    for decoder in (start(odd=True), ThreadDecoder(decode_noted, SETUP.prepare)):
+        decoder.take(item_of(data, "video"))
+        decoder.needed()
+        assert decoder.probe().duration_s == 3.0
+        found.append([(f.wanted_us, f.time_s, f.pixels.tobytes()) for f in decoder.frames(wanted)])
+    assert found[0] == found[1] and len(found[0]) == 5
+    assert len((tmp_path / "flag").read_text()) == 6, "the third of them was tried twice"
+
+
+def test_frames_that_nobody_takes_end_the_process(start: Start) -> None:
+    decoder = start()
+    decoder.take(item_of(draw_video(DemoWorld(images=9, side=24, video_frames=9), 0), "video"))
+    decoder.needed()
+    decoder.probe()
+    for _frame in decoder.frames([0, 500_000, 1_000_000, 1_500_000]):
+        break
+    assert decoder._process is None
+
+
+def test_a_program_that_does_not_start_is_no_fault_of_the_image(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = start()
+    monkeypatch.setattr(process_decoder, "PROGRAM", "raise SystemExit(3)")
+    decoder.take(square(tmp_path, 24))
+    with pytest.raises(DecodeProcessError, match=r"does not start \(exit code 3\)"):
+        decoder.needed()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_process_ends_with_what_started_it_also_while_it_hangs(
+    start: Start, tmp_path: Path
+) -> None:
+    decoder = start(odd=True)
+    decoder.take(square(tmp_path, 32))
+
+    def work() -> None:
+        decoder.needed()
+        decoder._send(DecodeImage())
+
+    starter = threading.Thread(target=work)
+    starter.start()
+    starter.join(60)
+    process = decoder._process
+    assert process is not None
+    assert process.wait(20) == -signal.SIGKILL
+    decoder._end()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_processes_and_threads_yield_to_the_encoder(start: Start, tmp_path: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    lower = min(19, before + NICE)
+    decoder = start(setup=Setup(side=28, fit="pad", mean=(0.1, 0.5, 0.9), nice=NICE))
+    decoder.take(square(tmp_path, 24))
+    decoder.needed()
+    assert decoder._process is not None
+    assert os.getpriority(os.PRIO_PROCESS, decoder._process.pid) == lower
+    seen: list[int] = []
+
+    def work() -> None:
+        lower_priority()
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert (seen, os.getpriority(os.PRIO_PROCESS, 0)) == ([lower], before)
+
+
+def test_a_prefetcher_closes_while_a_process_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reserving:
+        def reserve(self, ids: list[str]) -> list[bool]:
+            return [True] * len(ids)
+
+        def our_error(self, error: Exception) -> str:
+            return str(error)
+
+    program = ODD.format(flag=str(tmp_path / "flag"))
+    monkeypatch.setattr(process_decoder, "PROGRAM", program)
+    log = DecodeLog(tmp_path / "worker.decoding", threads=2)
+    prefetcher = Prefetcher(Reserving(), CONFIG, log, ahead=8, batch_size=2, apart=SETUP)  # type: ignore[arg-type]
+    good, bad = (draw(tmp_path / str(side), 1, side=side)[0] for side in (24, 32))
+    for path in (good, bad):
+        prefetcher.put(SourceTask(source=str(path)))
+    only = prefetcher.get(timeout_s=60)
+    assert isinstance(only, EncoderInput) and only.pixels.shape == (28, 28, 3)
+    assert isinstance(prefetcher.get(timeout_s=60), MediaItem)
+    time.sleep(0.1)
+    started = time.monotonic()
+    prefetcher.close()
+    log.close()
+    assert time.monotonic() - started < 10
