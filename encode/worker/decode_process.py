@@ -89,7 +89,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class DecodeImage(msgspec.Struct, tag=True, frozen=True):
-    """Decode the image and put its encoder input into slot 0."""
+    """Decode the image, put its encoder input into slot 0, and forget its bytes."""
 
 
 class ReadSize(msgspec.Struct, tag=True, frozen=True):
@@ -101,7 +101,7 @@ class Probe(msgspec.Struct, tag=True, frozen=True):
 
 
 class TakeFrames(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Decode the frames nearest to these times, microseconds, ascending."""
+    """Decode the frames nearest to these times, microseconds, ascending, and forget the video."""
 
     wanted_us: tuple[int, ...]
 
@@ -316,7 +316,8 @@ class Server:
 
     def _image(self) -> Answer:
         assert isinstance(self._data, bytes), "images are sent whole"
-        decoded: DecodedImage = decode_noted(self._data)
+        data, self._data = self._data, b""  # its memory is given back with its turn
+        decoded: DecodedImage = decode_noted(data)
         self._put(0, decoded.image)
         return Picture(width=decoded.image.width, height=decoded.image.height, note=decoded.note)
 
@@ -347,6 +348,7 @@ class Server:
             )
             self._sent_s = time.monotonic()
             ahead += 1
+        self._data, self._info = b"", None
         return Over()
 
     def _put(self, slot: int, image: Image.Image) -> None:

@@ -133,6 +133,7 @@ class ProcessDecoder(Decoder):
     def image(self) -> Decoded:
         """Decode an image."""
         answer = self._try(lambda: self._ask(DecodeImage(), Picture))
+        self._loaded = False
         size = answer.width, answer.height
         return Decoded(pixels=self._copy(0), size=size, note=answer.note)
 
@@ -187,6 +188,7 @@ class ProcessDecoder(Decoder):
             pixels = self._copy(answer.slot)
             self._send(Copied())
             yield DecodedFrame(pixels=pixels, wanted_us=answer.wanted_us, time_s=answer.time_s)
+        self._loaded = False
 
     def _ask(self, request: Request, expected: type[A]) -> A:
         if not self._loaded:

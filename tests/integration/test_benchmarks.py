@@ -21,6 +21,9 @@ from cache.store.space import find_space
 from model.language.model import load_tokenizer
 from tests.benchmarks import loaders, scale, store
 from tests.benchmarks.bench import Requirements
+from tests.benchmarks.encode import bound, peers
+from tests.benchmarks.encode.jobs import Jobs, Photos, Speed
+from tests.benchmarks.encode.photos import make_photos
 from tests.benchmarks.peers import stores
 from tests.benchmarks.train import __main__ as train
 from tests.benchmarks.train import break_even, models, ranks
@@ -134,6 +137,35 @@ def test_the_training_benchmark_measures_every_part(
     assert len(same) == 2
     assert all(line.endswith("ok") for line in same), same
     assert not (tmp_path / "fed").exists(), "gigabytes were left"
+
+
+@pytest.mark.slow
+def test_the_encode_benchmark_measures_jobs_beside_their_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = make_photos(tmp_path / "photos", 12, largest=420)
+    assert len({path.read_bytes() for path in paths}) == 12
+    photos = Photos.of(tmp_path / "jobs", paths, 4, 12)
+    encoder = bound.load_encoder(bound.CHEAP, device="cpu")
+    jobs = Jobs(tmp_path / "cheap", bound.CHEAP, encoder)
+
+    def inline() -> Speed:
+        return photos.measure(
+            lambda name: jobs.run(
+                photos.folder / name, 4 if name == "short" else 12, "--workers", "0"
+            )
+        )
+
+    found = bound.measure_rounds("cheap", encoder, photos, {"inline": inline}, rounds=1, batches=1)
+    assert found.share("inline") > 0
+    assert min(found.encode_s + found.decode_s + found.store_s) > 0
+    with pytest.raises(SystemExit, match="encoded=4 "):
+        jobs.run(photos.folder / "short", 5, "--workers", "0")
+    capsys.readouterr()
+    monkeypatch.setattr(peers, "PEERS", {"clip_retrieval": "clip-retrieval"})
+    found_here = peers.available(photos, bound.CHEAP, tmp_path)
+    missing = "clip-retrieval: not installed (No module named 'clip_retrieval')\n"
+    assert capsys.readouterr().out == ("" if found_here else missing)
 
 
 class SlowReader(FeatureReader):

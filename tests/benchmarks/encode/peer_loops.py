@@ -7,6 +7,7 @@ With a job as JSON on standard input it encodes the short and the long list of p
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -160,12 +161,18 @@ def ray_data(config: dict[str, Any] | None) -> Run | None:
 
 def clip_retrieval(config: dict[str, Any] | None) -> Run | None:
     """clip-retrieval's Runner with its reader and its writer of .npy files; the mapper has our tower."""
-    from clip_retrieval.clip_inference.logger import LoggerWriter
-    from clip_retrieval.clip_inference.reader import FilesReader
-    from clip_retrieval.clip_inference.runner import Runner
-    from clip_retrieval.clip_inference.writer import NumpyWriter
-
+    found = importlib.util.find_spec("clip_retrieval")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'clip_retrieval'")
+    # Its own __init__ imports its server, its index and its client, with all that these need.
+    folder_of_it = Path(found.origin).parent / "clip_inference"
+    reader, runner, writer = (
+        _module(folder_of_it / f"{n}.py") for n in ("reader", "runner", "writer")
+    )
     if config is None:
+        import fsspec  # noqa: F401  what its writer imports when it runs
+        import pandas  # noqa: F401
+
         return None
     encoder = tower(config)
 
@@ -177,39 +184,50 @@ def clip_retrieval(config: dict[str, Any] | None) -> Run | None:
                 "image_filename": item["image_filename"],
             }
 
+    class NoLogger:  # its own starts a process and sends statistics to a service
+        def start(self) -> None: ...
+
+        def end(self) -> None: ...
+
+        def __call__(self, stats: object) -> None: ...
+
     def run(paths: Sequence[str], folder: Path) -> None:
         images = folder / "images"
         images.mkdir()
         for path in paths:
             (images / Path(path).name).hardlink_to(path)
-        Runner(
-            reader_builder=lambda sampler: FilesReader(
+        parts = {"enable_text": False, "enable_image": True, "enable_metadata": False}
+        runner.Runner(
+            reader_builder=lambda sampler: reader.FilesReader(
                 sampler,
                 lambda image: encoder.prepare(image.convert("RGB")),
                 None,
                 str(images),
                 BATCH,
                 CORES,
-                enable_text=False,
-                enable_image=True,
-                enable_metadata=False,
+                **parts,
             ),
             mapper_builder=Mapper,
-            writer_builder=lambda number: NumpyWriter(
+            writer_builder=lambda number: writer.NumpyWriter(
                 partition_id=number,
                 output_folder=str(folder / "out"),
-                enable_text=False,
-                enable_image=True,
-                enable_metadata=False,
                 output_partition_count=1,
+                **parts,
             ),
-            logger_builder=lambda number: LoggerWriter(
-                partition_id=number, stats_folder=str(folder / "out" / "stats")
-            ),
+            logger_builder=lambda number: NoLogger(),
             output_partition_count=1,
         )(0)
 
     return run
+
+
+def _module(path: Path) -> Any:
+    """Import one file of a package without the package."""
+    spec = importlib.util.spec_from_file_location(f"one_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:

@@ -112,8 +112,8 @@ def outcome(decoder: Decoder, item: MediaItem) -> object:
     needed = decoder.needed()
     try:
         if item.task.kind == "image":
-            decoded = decoder.image()
-            return needed, decoder.size(), decoded.size, decoded.note, decoded.pixels.tobytes()
+            size, decoded = decoder.size(), decoder.image()
+            return needed, size, decoded.size, decoded.note, decoded.pixels.tobytes()
         info = decoder.probe()
         wanted = [0, 700_000, 1_000_000, 1_000_000, 9_000_000]
         found = [(f.wanted_us, f.time_s, f.pixels.tobytes()) for f in decoder.frames(wanted)]
