@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -67,13 +68,15 @@ import json, sys, time
 path, *numbers = json.loads(sys.argv[1])
 sys.path[:] = path
 from encode.worker import decode_process
+import numpy as np
 from PIL import Image
 grey = decode_process.DecodedImage(Image.new("RGB", (336, 336)))
+pixels = np.full((336, 336, 3), 128, np.uint8)
 def decode(data):
     time.sleep({SLEEP_S})
     return grey
 decode_process.decode_noted = decode
-decode_process.Setup.prepare = lambda setup, image: image
+decode_process.Setup.prepare = lambda setup, image: pixels
 decode_process.main(*numbers)
 """
 
@@ -222,25 +225,28 @@ def measure_cheap(
         requirements.at_least(f"cheap tower, inline, speed beside {case}", ratio, 1.0)
 
 
-def measure_gpu(photos: Photos, rounds: int, requirements: Requirements) -> None:
-    """Compare jobs of a GPU that sleeps with what the decoders deliver."""
+def measure_gpu(photos: Photos, many: Photos, rounds: int, requirements: Requirements) -> None:
+    """Compare jobs of a GPU that sleeps with what the decoders deliver.
+
+    Args:
+        photos: for decoders that decode.
+        many: small files, for decoders that sleep.
+        rounds: turns of each case.
+        requirements: printed as they are measured.
+    """
     encoder = sleeping_encoder()
     jobs = Jobs(photos.folder / "gpu", GPU, encoder)
     words = ("--device", "cpu", "--workers", "0")
 
-    def run(name: str, *more: str) -> object:
-        return jobs.run(*_where(photos, name), *words, *more)
-
     def asleep() -> Speed:
-        program = process_decoder.PROGRAM
-        process_decoder.PROGRAM = SLEEPING_PROGRAM
-        try:
-            return photos.measure(lambda name: run(name, "--threads", str(SLEEPERS)))
-        finally:
-            process_decoder.PROGRAM = program
+        more = (*words, "--threads", str(SLEEPERS))
+        with mock.patch.object(process_decoder, "PROGRAM", SLEEPING_PROGRAM):
+            return many.measure(lambda name: jobs.run(*_where(many, name), *more))
 
     cases: dict[str, Callable[[], Speed]] = {
-        "decoders on the cores": lambda: photos.measure(run),
+        "decoders on the cores": lambda: photos.measure(
+            lambda name: jobs.run(*_where(photos, name), *words)
+        ),
         f"{SLEEPERS} decoders that sleep": asleep,
     }
     found = measure_rounds("GPU that sleeps", encoder, photos, cases, rounds=rounds, batches=3)

@@ -56,6 +56,16 @@ def make_photos(folder: Path, count: int, *, largest: int = LARGEST) -> list[Pat
     return paths
 
 
+def make_small_files(folder: Path, photo: Path, count: int) -> list[Path]:
+    """Write `count` files that differ in bytes behind the end of one photograph; return their paths."""
+    folder.mkdir(parents=True)
+    data = photo.read_bytes()
+    paths = [folder / f"{number:05d}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(data + number.to_bytes(8, "big"))
+    return paths
+
+
 def _mixed(number: int) -> float:
     """Return a position in [0, 1) such that every run of numbers is spread over it."""
     return number * 0.6180339887498949 % 1.0
