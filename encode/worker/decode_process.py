@@ -28,14 +28,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from model.media.images import (
-    BadMediaError,
-    DecodedImage,
-    decode_noted,
-    decoding_bytes,
-    fit_image,
-    image_size,
-)
+from model.media.fit import InputFit
+from model.media.images import BadMediaError, DecodedImage, decoding_bytes, image_size
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
 from model.media.video_open import open_video
@@ -57,27 +51,17 @@ _SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """How images become encoder inputs: the arguments of `model.media.images.fit_image`."""
+    """What the process is for."""
 
-    side: int
-    """Side of an encoder input, pixels."""
-    fit: str
-    """squash, pad or crop."""
-    mean: tuple[float, float, float]
-    """The encoder's mean colour in [0, 1]."""
-    shorter_side: int | None = None
-    """With crop, pixels of the shorter side before the square is cut out."""
+    fit: InputFit
+    """How the bytes of an image become an encoder input."""
     nice: int = 0
     """Added to the niceness of the process."""
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one encoder input."""
-        return self.side * self.side * 3
-
-    def prepare(self, image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """Return the encoder input (S, S, 3) of an RGB image."""
-        return fit_image(image, self.side, self.fit, self.mean, self.shorter_side)
+        return self.fit.size * self.fit.size * 3
 
 
 class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -317,9 +301,10 @@ class Server:
     def _image(self) -> Answer:
         assert isinstance(self._data, bytes), "images are sent whole"
         data, self._data = self._data, b""  # its memory is given back with its turn
-        decoded: DecodedImage = decode_noted(data)
-        self._put(0, decoded.image)
-        return Picture(width=decoded.image.width, height=decoded.image.height, note=decoded.note)
+        decoded = self._setup.fit.decode(data)
+        self._put(0, decoded)
+        width, height = decoded.size
+        return Picture(width=width, height=height, note=decoded.note)
 
     def _size(self) -> Answer:
         assert isinstance(self._data, bytes), "images are sent whole"
@@ -351,10 +336,10 @@ class Server:
         self._data, self._info = b"", None
         return Over()
 
-    def _put(self, slot: int, image: Image.Image) -> None:
-        size, side = self._setup.slot_bytes, self._setup.side
+    def _put(self, slot: int, image: Image.Image | DecodedImage) -> None:
+        size, side = self._setup.slot_bytes, self._setup.fit.size
         there = np.frombuffer(self._memory, np.uint8, size, slot * size)
-        there.reshape(side, side, 3)[:] = self._setup.prepare(image)
+        there.reshape(side, side, 3)[:] = self._setup.fit.prepare(image)
 
     def _progress(self) -> None:
         if time.monotonic() - self._sent_s > PROGRESS_EVERY_S:

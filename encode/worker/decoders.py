@@ -28,6 +28,7 @@ from encode.worker.config import WorkerConfig
 from encode.worker.decode_process import Found, Setup, needed_bytes
 from encode.worker.local_files import size_in_header
 from encode.worker.media_item import MediaItem, Pixels
+from model.media.fit import InputFit
 from model.media.images import DecodedImage
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
@@ -115,7 +116,9 @@ class ThreadDecoder(Decoder):
     """Decodes in the thread that calls."""
 
     def __init__(
-        self, decode: Callable[[bytes], DecodedImage], prepare: Callable[[Image.Image], Pixels]
+        self,
+        decode: Callable[[bytes], DecodedImage],
+        prepare: Callable[[Image.Image | DecodedImage], Pixels],
     ):
         self._decode, self._prepare = decode, prepare
         self._info: VideoInfo | None = None
@@ -131,8 +134,8 @@ class ThreadDecoder(Decoder):
         """Decode an image."""
         assert isinstance(self.item.data, bytes), "images are read whole"
         decoded = self._decode(self.item.data)
-        pixels = self._prepare(decoded.image)
-        return Decoded(pixels=pixels, size=decoded.image.size, note=decoded.note)
+        pixels = self._prepare(decoded)
+        return Decoded(pixels=pixels, size=decoded.size, note=decoded.note)
 
     def size(self) -> tuple[int, int]:
         """Return the size of an image by its header."""
@@ -167,13 +170,8 @@ def setup_for(config: WorkerConfig, spec: FeatureSpec, device: str) -> Setup | N
     """
     if not config.decode_apart:
         return None
-    return Setup(
-        side=spec.image_size,
-        fit=spec.fit,
-        mean=spec.mean,
-        shorter_side=config.encoder.shorter_side,
-        nice=NICE if device == "cpu" else NICE_BESIDE_GPU,
-    )
+    nice = NICE if device == "cpu" else NICE_BESIDE_GPU
+    return Setup(fit=InputFit.of(spec), nice=nice)
 
 
 class Decoders:

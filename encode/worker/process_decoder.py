@@ -256,7 +256,7 @@ class ProcessDecoder(Decoder):
     def _copy(self, slot: int) -> Pixels:
         if not 0 <= slot < SLOTS:
             raise self._astray(slot)
-        size, side = self._setup.slot_bytes, self._setup.side
+        size, side = self._setup.slot_bytes, self._setup.fit.size
         there = np.frombuffer(self._memory, np.uint8, size, slot * size)
         return there.reshape(side, side, 3).copy()
 

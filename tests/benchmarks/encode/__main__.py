@@ -1,7 +1,7 @@
 """Encode jobs beside what the machine allows, and beside other libraries.
 
 python -m tests.benchmarks.encode                 # twenty minutes on two free cores; 3 GB of disk and memory
-python -m tests.benchmarks.encode --only cheap    # or: vit-l, gpu
+python -m tests.benchmarks.encode --only cheap    # or: vit-l, gpu, conversion
 python -m tests.benchmarks.encode --small         # the same code, tiny: figures mean nothing
 
 The photographs are real, saved with 400 to 2,000 pixels. Other libraries are used where they are installed,
@@ -27,7 +27,7 @@ SMALL_BYTES = 100_000
 class Options(bench.Options):
     """Measure encode jobs."""
 
-    only: Literal["", "vit-l", "cheap", "gpu"] = ""
+    only: Literal["", "vit-l", "cheap", "gpu", "conversion"] = ""
     """The part to measure; all by default."""
     small: bool = False
     """Measure a few small photographs."""
@@ -44,6 +44,7 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
     spin_briefly()
     # Imported here: torch reads the environment once, and these import it.
     from tests.benchmarks.encode import bound, peers
+    from tests.benchmarks.encode.conversion import measure_conversion
     from tests.benchmarks.encode.jobs import Photos
 
     count, largest = (16, 500) if options.small else (options.images, 2000)
@@ -63,7 +64,11 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
         bound.measure_gpu(photos, many, rounds, requirements)
     if options.only in ("", "vit-l"):
         photos = Photos.of(folder / "vit-l", paths, min(8, count // 2), min(40, count))
-        bound.measure_vit_l(photos, rounds, requirements)
+        bound.measure_vit_l(photos, paths, rounds, requirements)
+    if options.only in ("", "conversion"):
+        measure_conversion(
+            folder / "conversion", 8 if options.small else 1000, rounds, requirements
+        )
 
 
 if __name__ == "__main__":

@@ -12,19 +12,22 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from encode.driver import resources
 from encode.worker import process_decoder
+from model.media.fit import InputFit
+from model.quantize import pack
 from model.vision.config import DemoTowerConfig, EncoderConfig, encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
-from tests.benchmarks.bench import Requirements
+from tests.benchmarks.bench import Requirements, take_turns
 from tests.benchmarks.encode.jobs import (
     Jobs,
     Photos,
@@ -72,11 +75,11 @@ import numpy as np
 from PIL import Image
 grey = decode_process.DecodedImage(Image.new("RGB", (336, 336)))
 pixels = np.full((336, 336, 3), 128, np.uint8)
-def decode(data):
+def decode(fit, data):
     time.sleep({SLEEP_S})
     return grey
-decode_process.decode_noted = decode
-decode_process.Setup.prepare = lambda setup, image: pixels
+decode_process.InputFit.decode = decode
+decode_process.InputFit.prepare = lambda fit, image: pixels
 decode_process.main(*numbers)
 """
 
@@ -169,8 +172,17 @@ def measure_rounds(
     return found
 
 
-def measure_vit_l(photos: Photos, rounds: int, requirements: Requirements) -> None:
-    """Compare a job with ViT-L/14@336 on the CPU with its bound."""
+def measure_vit_l(
+    photos: Photos, paths: Sequence[Path], rounds: int, requirements: Requirements
+) -> None:
+    """Compare a job with ViT-L/14@336 on the CPU with its bound, and reduced decoding with whole.
+
+    Args:
+        photos: for the jobs.
+        paths: more photographs, of which the large ones are decoded in both ways.
+        rounds: turns of each case.
+        requirements: printed as they are measured.
+    """
     config, encoder = vit_l()
     jobs = Jobs(photos.folder / "vit-l", config, encoder)
     words = ("--device", "cpu", "--random-weights", "--workers", "0")
@@ -179,6 +191,47 @@ def measure_vit_l(photos: Photos, rounds: int, requirements: Requirements) -> No
     requirements.at_least(
         "ViT-L/14@336 on the CPU, of what the cores allow", found.share("inline"), 0.97
     )
+    measure_reduced(encoder, paths, rounds, requirements)
+
+
+def measure_reduced(
+    encoder: VisionEncoder, paths: Sequence[Path], rounds: int, requirements: Requirements
+) -> None:
+    """Compare `--decode reduced` with decoding whole, on the photographs that are large enough for it.
+
+    The error of features is that of this encoder's weights; int8's is printed beside it.
+    """
+    whole = encoder.input
+    reduced = dataclasses.replace(whole, reduces=True)
+    large = []
+    for path in paths:
+        with Image.open(path) as image:
+            if reduced.scale(*image.size) > 1:
+                large.append(path.read_bytes())
+    large = large[: 4 * encoder.spec("int8").batch_size]
+    if not large:
+        print("--decode reduced: no photograph is large enough", flush=True)
+        return
+    pixels: dict[str, list[npt.NDArray[np.uint8]]] = {}
+
+    def decode(name: str, fit: InputFit) -> None:
+        pixels[name] = [fit.prepare(fit.decode(data)) for data in large]
+
+    ways = {"whole": whole, "reduced": reduced}
+    taken = take_turns(
+        {name: (lambda name=name, fit=fit: decode(name, fit)) for name, fit in ways.items()},
+        rounds,
+    )
+    ratio = statistics.median(a / b for a, b in zip(taken["whole"], taken["reduced"], strict=True))
+    features = {name: encoder.encode(np.stack(images)) for name, images in pixels.items()}
+    lost = (features["reduced"] - features["whole"]).flatten(1).norm(dim=1)
+    error = float((lost / features["whole"].flatten(1).norm(dim=1)).mean())
+    int8 = float(pack(features["whole"], "int8").error.mean())
+    print(
+        f"--decode reduced: {len(large)} photographs; error of features {error:.4f}, int8's {int8:.4f}",
+        flush=True,
+    )
+    requirements.at_least("--decode reduced, speed beside decoding whole", ratio, 1.0)
 
 
 def measure_cheap(

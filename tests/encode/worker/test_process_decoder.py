@@ -1,6 +1,6 @@
 """Decoding in a process: equal to decoding in a thread, and no crash, hang or kill harms more than one item.
 
-decoder = ProcessDecoder(Setup(side=28, fit="pad", mean=(0.5, 0.5, 0.5)), 120.0, lambda: True)
+decoder = ProcessDecoder(Setup(fit=InputFit.of(spec)), 120.0, lambda: True)
 decoder.take(item)
 decoder.needed(), decoder.image()
 """
@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -32,12 +31,14 @@ from encode.worker.media_item import EncoderInput, MediaItem
 from encode.worker.messages import SourceTask
 from encode.worker.prefetch import Prefetcher
 from encode.worker.process_decoder import DecodeProcessError, ProcessDecoder
-from model.media.images import BadMediaError, decode_noted
+from model.media.fit import InputFit
+from model.media.images import BadMediaError
 from model.vision.encoder import load_encoder
 from tests.support.encode_jobs import CONFIG, draw
 from tests.support.photos import image_files
 
-SETUP = Setup(side=28, fit="pad", mean=(0.1, 0.5, 0.9))
+FIT = InputFit(size=28, fit="pad", mean=(0.1, 0.5, 0.9), shorter_side=28)
+SETUP = Setup(fit=FIT)
 ODD = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -45,9 +46,9 @@ path, *numbers = json.loads(sys.argv[1])
 sys.path[:] = path
 from encode.worker import decode_process
 first = Path({flag!r})
-prepare = decode_process.Setup.prepare
+prepare = decode_process.InputFit.prepare
 def odd(self, image):
-    side = image.width
+    side = getattr(image, "image", image).width
     if side == 31:
         os.kill(os.getpid(), signal.SIGSEGV)
     elif side == 32:
@@ -71,7 +72,7 @@ def odd(self, image):
         answer = decode_process.Found(width=1, height=1, duration_s=1.0, note=None)
         decode_process.Channel(decode_process.socket.socket(fileno=os.dup(numbers[1]))).send(answer)
     return prepare(self, image)
-decode_process.Setup.prepare = odd
+decode_process.InputFit.prepare = odd
 decode_process.main(*numbers)
 """
 """A process that behaves as the width of an image says."""
@@ -134,26 +135,25 @@ def test_a_process_gives_what_a_thread_gives(start: Start, tmp_path: Path) -> No
     items = [item_of(data) for data in files.values()]
     items += [item_of(video, "video"), item_of(path, "video"), item_of(b"text", "video")]
     process = start()
-    thread = ThreadDecoder(decode_noted, SETUP.prepare)
+    thread = ThreadDecoder(FIT.decode, FIT.prepare)
     for item in items:
         assert outcome(process, item) == outcome(thread, item)
     assert process._process is not None and process._process.poll() is None, "one did them all"
 
 
 def test_the_encoder_input_is_that_of_the_encoder() -> None:
-    """The recipe of a process comes from spec and entry: for each fit, it equals the encoder's own."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
+    """A process decodes and fits by the spec of the space, which is what the encoder's entry says."""
     recipes: list[dict[str, Any]] = [
         {"fit": "pad", "mean": (0.2, 0.4, 0.9)},
         {"fit": "squash"},
-        {"fit": "crop", "shorter_side": 40},
+        {"fit": "crop", "shorter_side": 40, "decode": "reduced"},
     ]
     for values in recipes:
         config = replace(CONFIG, encoder=replace(CONFIG.encoder, **values), decode_apart=True)
         encoder = load_encoder(config.encoder, device="cpu")
         setup = setup_for(config, encoder.spec("int8"), "cpu")
         assert setup is not None and setup.nice == NICE
-        assert np.array_equal(setup.prepare(image), encoder.prepare(image))
+        assert setup.fit == encoder.input
     assert setup_for(CONFIG, encoder.spec("int8"), "cpu") is None
 
 
@@ -213,7 +213,7 @@ def test_a_video_goes_on_behind_the_frame_that_crashed_its_process(
     data = draw_video(DemoWorld(images=9, side=36, video_frames=7), 0)
     wanted = [0, 500_000, 1_000_000, 1_500_000, 2_000_000]
     found = []
-    for decoder in (start(odd=True), ThreadDecoder(decode_noted, SETUP.prepare)):
+    for decoder in (start(odd=True), ThreadDecoder(FIT.decode, FIT.prepare)):
         decoder.take(item_of(data, "video"))
         decoder.needed()
         assert decoder.probe().duration_s == 3.0
@@ -266,7 +266,7 @@ def test_a_process_ends_with_what_started_it_also_while_it_hangs(
 def test_processes_and_threads_yield_to_the_encoder(start: Start, tmp_path: Path) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     lower = min(19, before + NICE)
-    decoder = start(setup=Setup(side=28, fit="pad", mean=(0.1, 0.5, 0.9), nice=NICE))
+    decoder = start(setup=Setup(fit=FIT, nice=NICE))
     decoder.take(square(tmp_path, 24))
     decoder.needed()
     assert decoder._process is not None
