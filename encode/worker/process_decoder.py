@@ -62,6 +62,9 @@ START_S = 120.0
 POLL_S = 0.5
 """Seconds between two looks at whether the job ends."""
 
+LEAST_SHARE = 0.1
+"""A process that is ready to run, and has had less of a core than this, is waiting for one."""
+
 TRIES = 2
 """A media item has failed once this many processes have crashed or hung on it."""
 
@@ -230,8 +233,8 @@ class ProcessDecoder(Decoder):
             _LostError: the process has crashed, has been killed, or hangs.
             BadMediaError, DecodeProcessError: it has raised an error.
         """
-        assert self._channel is not None, "the process runs"
-        since = time.monotonic()
+        assert self._channel is not None and self._process is not None, "the process runs"
+        since, used_s = time.monotonic(), None
         while True:
             try:
                 answer = self._channel.answer()
@@ -242,10 +245,15 @@ class ProcessDecoder(Decoder):
                 if not self._running():
                     self._end()
                     raise DecodeProcessError("the job ends")
-                if time.monotonic() - since > (timeout_s or self._timeout_s):
-                    raise self._lost(hung=True)
+                waited = time.monotonic() - since
+                used_s = _core_s(self._process.pid) if used_s is None else used_s
+                if waited > (timeout_s or self._timeout_s):
+                    more = _core_s(self._process.pid)
+                    # One that waits for a core, behind other programs, makes no progress and does not hang.
+                    if used_s is None or more is None or more - used_s > LEAST_SHARE * waited:
+                        raise self._lost(hung=True)
             elif isinstance(answer, Progress):
-                since = time.monotonic()
+                since, used_s = time.monotonic(), None
             elif isinstance(answer, Bad):
                 raise BadMediaError(answer.reason, answer.stage)
             elif isinstance(answer, Broken):
@@ -340,6 +348,18 @@ class ProcessDecoder(Decoder):
             self._process = None
 
 
+def _core_s(process: int) -> float | None:
+    """Return the seconds of a core that a process has used; None if it waits for something else, or is gone.
+
+    Only Linux tells.
+    """
+    try:
+        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words[0] == "R" else None
+
+
 def _shared_memory(nbytes: int) -> int:
     """Return a descriptor of memory without a name, so that nothing is left when its users end."""
     if sys.platform == "linux":
@@ -347,7 +367,8 @@ def _shared_memory(nbytes: int) -> int:
         os.ftruncate(fd, nbytes)
         # Reading behind the end of memory that the other side has cut would end this process.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-        return fd
-    with tempfile.TemporaryFile() as file:
-        os.ftruncate(file.fileno(), nbytes)
-        return os.dup(file.fileno())
+    else:
+        with tempfile.TemporaryFile() as file:
+            os.ftruncate(file.fileno(), nbytes)
+            fd = os.dup(file.fileno())
+    return fd

@@ -7,6 +7,7 @@ decoder.needed(), decoder.image()
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -181,6 +182,33 @@ def test_an_image_that_hangs_its_process_twice_has_failed(start: Start, tmp_path
     decoder.needed()
     with pytest.raises(BadMediaError, match="hung the process that decodes it, also at a second"):
         decoder.image()
+
+
+def test_a_process_that_waits_for_a_core_does_not_hang(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sleeps in this test; what the kernel says it has used of a core is replaced."""
+    decoder = start(odd=True)
+    decoder.take(square(tmp_path, 32))
+    decoder.needed()
+    decoder._timeout_s = 0.12
+    monkeypatch.setattr(process_decoder, "POLL_S", 0.05)
+    used = itertools.chain([5.0, 5.001, 5.002, 9.0], itertools.count(100, 100))
+    seen: list[float] = []
+
+    def core_s(process: int) -> float:
+        seen.append(next(used))
+        return seen[-1]
+
+    monkeypatch.setattr(process_decoder, "_core_s", core_s)
+    with pytest.raises(BadMediaError, match=r"hung .* \(no progress for 0 s\)"):
+        decoder.image()
+    assert 9.0 in seen, "it counted as hanging only once it had had a core"
+    monkeypatch.undo()
+    assert decoder._process is None
+    mine = process_decoder._core_s(os.getpid())  # this thread runs
+    assert sys.platform != "linux" or (mine is not None and mine > 0)
+    assert process_decoder._core_s(2**30) is None
 
 
 def test_a_killed_process_is_no_fault_of_the_image(start: Start, tmp_path: Path) -> None:
