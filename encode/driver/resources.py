@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,9 @@ INLINE_S = 120.0
 
 CORES_PER_WORKER = 8
 """Cores that a worker on a CPU gets: one forward pass gains little from more threads."""
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of cores in each period, as `docker run --cpus` sets them for a container."""
 
 MAX_THREADS = 16
 """Reading threads of one worker, at most, and as many decoding threads."""
@@ -53,8 +57,15 @@ class WorkerLayout:
 
 
 def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use: by its affinity, or its container's quota."""
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`: no quota
+        return count
 
 
 def gpus(device: str) -> int:

@@ -5,6 +5,7 @@ choose_layout("auto", None, device="auto", device_type="cuda", seconds=5000.0)  
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,25 @@ def layout(workers: Any, threads: int | None, seconds: float, device: str = "aut
     if device != "auto":
         device_type = device.partition(":")[0]
     return choose_layout(workers, threads, device=device, device_type=device_type, seconds=seconds)
+
+
+def test_the_quota_of_a_container_limits_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(resources, "CPU_QUOTA", quota)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert resources.cores() == 16
+    for text, cores in (
+        ("max 100000\n", 16),
+        ("400000 100000\n", 4),
+        ("150000 100000\n", 2),
+        ("1000 100000\n", 1),
+        ("9900000 100000\n", 16),
+        ("strange", 16),
+    ):
+        quota.write_text(text)
+        assert resources.cores() == cores, text
 
 
 def test_workers_and_threads_follow_from_cores_gpus_and_seconds(
