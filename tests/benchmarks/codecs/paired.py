@@ -1,8 +1,8 @@
 """The effect of a codec on a trained model: the demo trained on fp16, int8 and int4 rows, in pairs.
 
-python -m tests.benchmarks.paired                            # 15 trainings, about half an hour on two cores
-python -m tests.benchmarks.paired --seeds 2 --steps 100      # a rehearsal
-python -m tests.benchmarks.paired --folder FOLDER            # keeps its files, and continues from them
+python -m tests.benchmarks.codecs.paired                     # 15 trainings, about half an hour on two cores
+python -m tests.benchmarks.codecs.paired --seeds 2 --steps 100   # a rehearsal
+python -m tests.benchmarks.codecs.paired --folder FOLDER     # keeps its files, and continues from them
 
 The same drawings are encoded with each codec, in one cache, without pooling: with 36 tokens per image, int4
 stores a mean token as it does for real images. For every seed one model is trained on each codec, from equal
@@ -241,4 +241,4 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
 
 
 if __name__ == "__main__":
-    bench.run("paired", __doc__, measure, Options)
+    bench.run("codecs.paired", __doc__, measure, Options)
