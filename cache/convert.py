@@ -32,7 +32,6 @@ from cache.maintenance.copy_rows import (
     missing,
 )
 from cache.maintenance.encode_command import encode_command
-from cache.maintenance.processes import cores
 from cache.store.files import disk_errors
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
@@ -41,6 +40,7 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info, tail_bytes
 from configs import UserError, command, load, parse
 from configs.console import bytes_text, check_room
+from configs.hardware import cores
 from configs.progress import Meter, number_text
 from configs.signals import Interrupts
 from configs.text import say

@@ -1,4 +1,4 @@
-"""The hardware presets of configs/train.yaml: which card each is for, and the settings of a stage on it.
+"""The cores of this machine; and the hardware presets of configs/train.yaml, each for a card or several.
 
     on_hardware(stage, presets["2x40gb"])["gradient_accumulation_steps"]    # twice the stage's
 
@@ -7,15 +7,32 @@ Torch is not imported here, so that reading a command line stays fast.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configs import UserError
 from configs.command_line import CommandLine, command_text
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of cores in each period, as `docker run --cpus` sets them for a container."""
+
 BATCHES_FOR = 4
 """GPUs for which configs/train.yaml states the batches of the stages."""
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use: by its affinity, or its container's quota."""
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`: no quota
+        return count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Copy rows of one space into another, for `cache.merge` and `cache.convert`.
 
     positions = missing(source, target, "image")
-    damaged = copy_rows(source, space, "image", positions, conversion=conversion, workers=cores())
+    damaged = copy_rows(source, space, "image", positions, conversion=conversion, workers=8)
 
 Rows are read a few MB at a time and compared with their crc32c. If they are to be converted, threads read
 ahead and processes convert. Batches are taken in their order, and appended to shards of the target, so the

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
+from configs.hardware import cores
 from encode.plan.estimate import Speed
 from model.vision.encoder import VisionEncoder
 from model.vision.pipeline import Pipeline
@@ -23,9 +22,6 @@ INLINE_S = 120.0
 
 CORES_PER_WORKER = 8
 """Cores that a worker on a CPU gets: one forward pass gains little from more threads."""
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of cores in each period, as `docker run --cpus` sets them for a container."""
 
 MAX_THREADS = 16
 """Reading threads of one worker, at most, and as many decoding threads."""
@@ -54,18 +50,6 @@ class WorkerLayout:
     """Threads of one forward pass on the CPU."""
     decode_apart: bool = False
     """Whether each decoding thread lets a process of its own decode."""
-
-
-def cores() -> int:
-    """Return the number of CPU cores that this process may use: by its affinity, or its container's quota."""
-    count = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return max(1, min(count, round(int(quota) / int(period))))
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`: no quota
-        return count
 
 
 def gpus(device: str) -> int:

@@ -27,8 +27,9 @@ from model import quantize
 from nanomolmo2.unpack import unpack
 from tests.benchmarks import bench
 from tests.benchmarks.bench import Options, Requirements
-from tests.benchmarks.codecs import activations, convert
+from tests.benchmarks.codecs import activations
 from tests.benchmarks.codecs.activations import Features
+from tests.benchmarks.codecs.convert import measure_conversion
 
 TOKENS, WIDTH = 576, 1024
 """Size of the row that is timed: ViT-L/14@336."""
@@ -377,7 +378,7 @@ def measure(_: Options, folder: Path, requirements: Requirements) -> None:
         print(f"{kind}: {' x '.join(map(str, x.shape))}, rms {rms:.2f}, largest {largest:.1f}")
     tables(data, requirements)
     speed(requirements)
-    convert.conversions(folder, requirements, convert.Options())
+    measure_conversion(folder, 600, 3, requirements)
 
 
 if __name__ == "__main__":

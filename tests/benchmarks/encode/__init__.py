@@ -3,7 +3,6 @@
     photos.py      real photographs of 400 to 2,000 pixels, saved as JPEG files
     jobs.py        a job as the command runs it, and the speed of its parts, each alone
     bound.py       jobs beside their bound: ViT-L and a cheap tower on the CPU, over Ray, a sleeping GPU
-    conversion.py  rows a second of `cache.convert`
     peers.py       other libraries on the same photographs with the same tower, in processes of their own
     peer_loops.py  what runs in these processes
 

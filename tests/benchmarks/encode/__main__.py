@@ -43,8 +43,8 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
     """Measure the parts."""
     spin_briefly()
     # Imported here: torch reads the environment once, and these import it.
+    from tests.benchmarks.codecs.convert import measure_conversion
     from tests.benchmarks.encode import bound, peers
-    from tests.benchmarks.encode.conversion import measure_conversion
     from tests.benchmarks.encode.jobs import Photos
 
     count, largest = (16, 500) if options.small else (options.images, 2000)

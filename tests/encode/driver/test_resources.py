@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs import UserError
+from configs import UserError, hardware
 from encode.driver import resources
 from encode.driver.resources import WorkerLayout, choose_layout
 
@@ -26,7 +26,7 @@ def test_the_quota_of_a_container_limits_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(resources, "CPU_QUOTA", quota)
+    monkeypatch.setattr(hardware, "CPU_QUOTA", quota)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert resources.cores() == 16
     for text, cores in (
