@@ -182,12 +182,11 @@ class Job:
         if part.number:
             print(f"part     {part.number + 1} of {part.parts}: {len(plan.todo)} to do", flush=True)
             return self._work_s
-        start = time.monotonic()
-        costs = self._estimate(plan, always_measure)
+        costs = self._estimate(plan, always_measure, spent_s)
         if costs is not None:
             self._work_s = part.parts * costs.work_s
             ray_s = starts_ray(workers, self._work_s) * RAY_START_S
-            costs = replace(costs, start_s=spent_s + time.monotonic() - start + ray_s)
+            costs = replace(costs, start_s=costs.start_s + ray_s)
         free = free_bytes(self._root.path)
         samples, max_frames = self._counter.samples, self._config.max_frames
         spec, parts = self.spec, part.parts
@@ -213,21 +212,20 @@ class Job:
         sys.stdout.flush()
         return self._work_s
 
-    def _estimate(self, plan: Plan, always_measure: bool) -> Estimate | None:
+    def _estimate(self, plan: Plan, always_measure: bool, spent_s: float) -> Estimate | None:
         """Measure what the job will cost; None if it is too small for that."""
         small = plan.rows <= MEASURE_BATCHES * self.spec.batch_size
+        few = len(plan.todo) <= PROBED and plan.untimed <= FEW_VIDEOS
         if not plan.todo or (small and not always_measure):
             return None
+        start = time.monotonic()
         speed = measure_speed(self._encoder, self.spec, self._encoder.device)
-        if always_measure or len(plan.todo) > PROBED or plan.untimed > FEW_VIDEOS:
-            self._found = probe(
-                plan,
-                self.spec,
-                max_frames=self._config.max_frames,
-                download=self._config.download,
-                media_store=self._config.media_store,
-                urls=PROBED if always_measure else plan.downloads // URLS_A_PROBE,
-            )
+        measured = time.monotonic()
+        if always_measure or not few:
+            urls = PROBED if always_measure else plan.downloads // URLS_A_PROBE
+            self._found = self._probe(plan, urls)
+        # Of a job that does not measure or probe for itself, this is no part.
+        spent_s += (not small) * (measured - start) + (not few) * (time.monotonic() - measured)
         return estimate(
             plan,
             self.spec,
@@ -235,7 +233,22 @@ class Job:
             self._found,
             max_frames=self._config.max_frames,
             download=self._config.download,
+            start_s=spent_s,
         )
+
+    def _probe(self, plan: Plan, urls: int) -> Probe:
+        try:
+            return probe(
+                plan,
+                self.spec,
+                max_frames=self._config.max_frames,
+                download=self._config.download,
+                media_store=self._config.media_store,
+                urls=urls,
+            )
+        except OSError as error:
+            log.warning("the sources are not probed: %s", error)
+            return Probe()
 
     def open_space(self, plan: Plan) -> None:
         """Create the space if it is new, complete what a crash left, and record the missing files."""

@@ -141,6 +141,9 @@ def probe(
         download: limits of the downloads.
         media_store: folder of kept downloads.
         urls: URLs that are downloaded, at most.
+
+    Raises:
+        OSError: there is no room for a temporary file, or for another process.
     """
     chosen = sample(plan.todo)
     web = [task for task in chosen if is_url(task.source)][:urls]
@@ -293,7 +296,7 @@ def run(request: Request) -> Iterator[Item]:
             if item is None:
                 ended = False
                 break
-            answered += 1
+            answered = item.number + 1
             yield msgspec.structs.replace(item, number=first + item.number)
         if ended or answered == len(left):
             return
@@ -319,7 +322,8 @@ def _answers(request: Request) -> Iterator[Item | None]:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(msgspec.json.encode(request))
             for line in _lines(process.stdout.fileno(), request.stop_s + HANG_S):
-                yield msgspec.json.decode(line, type=Item)
+                with contextlib.suppress(msgspec.DecodeError):  # a library printed something
+                    yield msgspec.json.decode(line, type=Item)
             process.wait(timeout=HANG_S)
             if process.returncode:
                 yield None
