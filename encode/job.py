@@ -294,7 +294,10 @@ class Job:
             download=share(self._config.download, max(1, layout.workers)),
         )
         try:
-            with Progress(self._tracker, on_progress=on_progress) as self._progress:
+            part = self._counter.part
+            what = f"encode part {part.number + 1}/{part.parts}" if part.parts > 1 else "encode"
+            progress = Progress(self._tracker, what=what, on_progress=on_progress)
+            with progress as self._progress:
                 if layout.workers == 0:
                     self._run_inline(interrupts)
                 else:

@@ -70,7 +70,7 @@ class ProgressState:
     done: int
     """Sources that are encoded, reused or failed."""
     total: int
-    """Sources of the job. What earlier jobs have encoded is not among them."""
+    """Sources of the job, or of the part at which a large one works. What is encoded is not among them."""
     rate: float
     """Media items encoded or failed a second, recently; 0.0 if that is not known yet."""
     eta_s: float | None
@@ -252,11 +252,16 @@ class Progress(JobProgress):
     """The progress of an encode job, from its tracker and the timings of its workers."""
 
     def __init__(
-        self, tracker: Tracker, *, on_progress: OnProgress | None = None, out: TextIO | None = None
+        self,
+        tracker: Tracker,
+        *,
+        what: str = "encode",
+        on_progress: OnProgress | None = None,
+        out: TextIO | None = None,
     ):
         self._tracker, self._timings = tracker, Timings()
         self._recent: deque[tuple[float, Timings]] = deque()
-        super().__init__("encode", tracker.total, self._count, on_progress=on_progress, out=out)
+        super().__init__(what, tracker.total, self._count, on_progress=on_progress, out=out)
 
     def update(self, timings: Timings) -> None:
         """Show the progress if it is time; `timings` are those of all workers together."""
