@@ -193,6 +193,7 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
                             found,
                             conversion=Conversion.between(source.spec, spec, array),
                             workers=workers,
+                            fence=lock.fence,
                             done=done,
                             stop=interrupts.stopping,
                         )

@@ -7,15 +7,15 @@
     │   ├── DiskError           a disk is full, too small, or fails
     │   ├── LostProcessError    a process of the job has ended before its work
     │   ├── UnreachableError    a remote cache does not answer, or sends something else
-    │   └── CorruptError        a file does not have the bytes that were written
-    ├── StaleJobError           a worker whose job is over tries to write
+    │   ├── CorruptError        a file does not have the bytes that were written
+    │   └── StaleJobError       another job has taken over, so this process stops
     ├── RequestError            one attempt to read from a remote cache failed
     ├── EmbeddedMediaError      a media item inside a table, a tar or JSON cannot be read
     └── OSError
         └── RefusedAddressError an address that downloads must not connect to
 
-A CacheError that is none of the six is a request that cannot be met, with the reason. The four others never
-reach a user: the caller retries, stops, or reports another error.
+A CacheError that is none of the seven is a request that cannot be met, with the reason. The three others
+never reach a user: the caller retries, stops, or reports another error.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class CorruptError(CacheError):
         return CorruptError, (self.path, self.what, self.way_out)
 
 
-class StaleJobError(Exception):
-    """The space belongs to another job now, so this worker must stop and write nothing."""
+class StaleJobError(CacheError):
+    """The space belongs to another job now, so this process must stop and write nothing."""
 
 
 class RequestError(Exception):

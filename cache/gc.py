@@ -1,15 +1,17 @@
 """Remove garbage from a cache, and on request unreferenced rows, damaged files or a whole space.
 
 python -m cache.gc                           # list the garbage; removes nothing
-python -m cache.gc --delete                  # remove unfinished files, uncommitted and replaced shards
+python -m cache.gc --delete                  # remove unfinished files, uncommitted and replaced shards,
+                                             # and of rows that are stored twice those that do not count
 python -m cache.gc --unreferenced --delete   # also remove rows that no sample refers to
 python -m cache.gc --damaged --delete        # also remove what cache.verify --repair set aside
 python -m cache.gc --drop-space NAME         # list what a space holds and who uses it; remove: --delete
 
 Nothing is removed without `--delete`, or while a job writes to the cache. Links and special files, which a
 cache never has, are removed first, and what they lead to is left alone. Rows that a sample refers to are
-removed only with their whole space. Rows are removed shard by shard: the remaining rows are copied to a new
-shard, which replaces the old one in one step, so an interruption loses nothing.
+removed only with their whole space, or where an older shard has the same row and it can be read. Rows are
+removed shard by shard: the remaining rows are copied to a new shard, which replaces the old one in one step,
+so an interruption loses nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import lock_spaces
 from cache.maintenance.garbage import (
     Garbage,
-    Unreferenced,
+    Removal,
     find_garbage,
+    find_removals,
     find_strangers,
-    find_unreferenced,
     remove,
-    remove_unreferenced,
+    remove_rows,
     tree_bytes,
     wanted_keys,
 )
 from cache.maintenance.inventory import open_spaces, summarise_datasets
-from cache.store.files import disk_errors, move, regular_files, remove_tree
+from cache.store.files import Fence, disk_errors, move, regular_files, remove_tree
 from cache.store.index_file import save_index
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot, SpacePaths
@@ -75,10 +77,11 @@ def run(options: Options) -> None:
         _remove_strangers(root, found, delete=options.delete)
         return
     spaces = root.space_folders()
+    fence: Fence | None = None
     with contextlib.ExitStack() as held:
         if options.delete:
             held.enter_context(disk_errors(root.path))
-            held.enter_context(lock_spaces(spaces, "cache.gc"))
+            fence = held.enter_context(lock_spaces(spaces, "cache.gc"))
         else:
             for space in spaces:
                 if holder := driver_holder(space):
@@ -86,9 +89,9 @@ def run(options: Options) -> None:
                         f"{space.root} is being written by {holder}; wait until that ends"
                     )
         if options.drop_space is not None:
-            freed = _drop_space(root, options.drop_space, delete=options.delete)
+            freed = _drop_space(root, options.drop_space, fence)
         else:
-            freed = _collect(root, spaces, options)
+            freed = _collect(root, spaces, options, fence)
     verb = "freed" if options.delete else "would be freed"
     way = "" if options.delete or not freed else "; do it: the same command with --delete"
     say(f"{verb}: {bytes_text(freed)}{way}")
@@ -108,35 +111,44 @@ def _remove_strangers(root: CacheRoot, found: Sequence[Garbage], *, delete: bool
         say(f"would be removed: {count}; do it: the same command with --delete")
 
 
-def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) -> int:
-    """List or remove garbage and the other requested items; return their bytes."""
+def _collect(
+    root: CacheRoot, spaces: Sequence[SpacePaths], options: Options, fence: Fence | None
+) -> int:
+    """List or remove garbage and the other requested items; return their bytes.
+
+    `fence` is None where nothing is removed.
+    """
     if options.unreferenced:
         _refuse_without_samples(root)
     found = find_garbage(root, spaces)
     described = [space for space in spaces if space.space_json.exists()]
     wanted = wanted_keys(root)
-    unreferenced = [rows for space in described for rows in find_unreferenced(space, wanted)]
+    removals = [
+        find_removals(space, wanted, unreferenced=options.unreferenced) for space in described
+    ]
     if options.damaged and root.damaged_dir.is_dir():
         found.append(_damaged(root))
     freed = 0
+    chosen = [rows for some, _ in removals for rows in some]
     going = sum(garbage.nbytes for garbage in found)
-    if options.unreferenced:
-        going += sum(rows.copied + rows.nbytes for rows in unreferenced)
-    meter = Meter("gc", going) if options.delete else None
+    going += sum(rows.copied + rows.nbytes for rows in chosen)
+    meter = Meter("gc", going) if fence is not None else None
     with meter or contextlib.nullcontext():
         for garbage in found:
             say(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
-            if meter is not None:
+            if fence is not None and meter is not None:
+                fence()
                 remove(garbage, root)
                 meter.add(garbage.nbytes)
             freed += garbage.nbytes
-        for rows in unreferenced:
-            say(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
-            if options.unreferenced:
-                if meter is not None:
-                    remove_unreferenced(rows, meter.add)
-                freed += rows.nbytes
-    if options.delete:
+        for rows in chosen:
+            say(_removal_text(rows, kept=False), flush=True)
+            if meter is not None:
+                remove_rows(rows, fence, meter.add)
+            freed += rows.nbytes
+    for rows in (rows for _, others in removals for rows in others):
+        say(_removal_text(rows, kept=True), flush=True)
+    if fence is not None:
         for paths in described:
             space = Space.open(paths)
             for array in ARRAYS:
@@ -147,9 +159,14 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
     return freed
 
 
-def _unreferenced_text(rows: Unreferenced, *, kept: bool) -> str:
+def _removal_text(rows: Removal, *, kept: bool) -> str:
+    what = []
+    if rows.doubled:
+        what.append(f"{rows.doubled:,} {rows.array} rows are in older shards, too")
+    if rows.unreferenced:
+        what.append(f"no sample refers to {rows.unreferenced:,} {rows.array} rows")
     text = (
-        f"{rows.space.paths.name}: no sample refers to {rows.rows:,} {rows.array} rows "
+        f"{rows.space.paths.name}: {' and '.join(what)} "
         f"({bytes_text(rows.nbytes)} in {rows.shards:,} shards"
     )
     if kept:
@@ -182,8 +199,8 @@ def _refuse_without_samples(root: CacheRoot) -> None:
             )
 
 
-def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
-    """List or remove a whole space; return its bytes."""
+def _drop_space(root: CacheRoot, name: str, fence: Fence | None) -> int:
+    """List or, with `fence`, remove a whole space; return its bytes."""
     names = [space.name for space in root.space_folders()]
     if name not in names:
         raise UserError(
@@ -195,7 +212,8 @@ def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
     say(f"{paths.root}: {bytes_text(nbytes)}")
     with contextlib.suppress(CorruptError):  # a damaged cache may say nothing but its size
         _print_users(root, name)
-    if delete:
+    if fence is not None:
+        fence()
         going = root.garbage_dir / f"{name}-{secrets.token_hex(4)}"
         move(paths.root, going, root.path)  # one step, so a crash leaves no half of a space
         remove_tree(going, root.path)

@@ -28,7 +28,7 @@ from cache.maintenance.inventory import (
 )
 from cache.remote.open import RemoteOptions, local_root
 from cache.store.ledger import STAGES
-from cache.store.paths import CacheRoot
+from cache.store.paths import CacheRoot, is_url
 from configs import UserError, command, load, parse
 from configs.command_line import command_text
 from configs.console import bytes_text, counts_text, table_text
@@ -83,7 +83,7 @@ def main() -> None:
         datasets = summarise_datasets(root, readers, load("encoders"))
         values = {"spaces": list(map(asdict, spaces)), "datasets": list(map(asdict, datasets))}
         tables = (
-            _spaces_text(spaces, root),
+            _spaces_text(spaces, root, options.features),
             _errors_text(spaces),
             _datasets_text(datasets, options.features),
             _needs_text(datasets),
@@ -92,7 +92,7 @@ def main() -> None:
     print(json_text(values, 2) if options.json else text)
 
 
-def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
+def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot, features: str) -> str:
     if not spaces:
         return f"no spaces; create one: {encode_command(root)}"
     header = ("space", "encoder", "codec", "blocks", "pool", "format", "images", "frames", "size")
@@ -112,6 +112,13 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
         if not space.damage
     ]
     lines = table_text(header, rows, right="images frames size").split("\n")
+    collect = command_text("python -m cache.gc", ["--delete", "--features", features])
+    way_out = "" if is_url(features) else f"; free their bytes: {collect}"
+    lines += [
+        f"{space.name}: {again:,} rows are stored twice and count once{way_out}"
+        for space in spaces
+        if (again := sum(space.doubled.values()))
+    ]
     lines += [f"{space.name}: being written by {space.writer}" for space in spaces if space.writer]
     lines += [f"{space.name}: DAMAGED: {space.damage}" for space in spaces if space.damage]
     return lines_text(lines)

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from cache.errors import CacheError, CorruptError
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
+from cache.maintenance.compaction import lock_spaces
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
     copy_rows,
@@ -41,9 +42,8 @@ from cache.maintenance.merge_tables import (
     plan_samples,
     tables_bytes,
 )
-from cache.store.files import disk_errors, write_atomic
+from cache.store.files import Fence, disk_errors, write_atomic
 from cache.store.index_file import save_index
-from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info, tail_bytes, tail_difference, write_tail
@@ -135,14 +135,15 @@ def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:
 
 
 def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
-    """Count the rows that both spaces have with different checksums."""
+    """Count the rows that count in both spaces, with different checksums."""
     index, ours = there.index[array], here.index[array]
     rows = ours.lookup_coded(index.keys, index.columns.views)
+    rows[index.doubled] = -1
     both = np.flatnonzero(rows >= 0)
     return int((index.crcs[both] != ours.crcs[ours.positions(rows[both])]).sum())
 
 
-def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
+def merge_space(plan: SpacePlan, meter: Meter, fence: Fence) -> list[CorruptError]:
     """Copy the rows of one space while holding its driver lock; return one error for each damaged row."""
     info = read_info(plan.source.paths)
     paths, tail = plan.paths, tail_bytes(plan.source.paths, info.spec)
@@ -159,6 +160,7 @@ def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
             target,
             array,
             positions,
+            fence=fence,
             done=lambda _rows, nbytes, _bound: meter.add(nbytes),
         )
     save_index(target.paths, target.info)
@@ -179,8 +181,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
     pairs = [(other.space(name), _same_space(root, other.space(name))) for name in names]
     with contextlib.ExitStack() as locks:
         if not options.plan:
-            for _, here in pairs:
-                locks.enter_context(DriverLock(here, holder_text("cache.merge")))
+            fence = locks.enter_context(lock_spaces([here for _, here in pairs], "cache.merge"))
         spaces = [plan_space(there, here) for there, here in pairs]
         media, samples = plan_media(root, other), plan_samples(root, other, options.samples)
         lines = [f"space    {space.text()}" for space in spaces]
@@ -194,7 +195,8 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         check_room(root.path, needed + tables_bytes(samples, media, other), "the merge")
         # Rows first: what the ledger and the samples refer to exists when they are written.
         with Meter("merge", nbytes) as meter:
-            damaged = [error for space in spaces for error in merge_space(space, meter)]
+            damaged = [error for space in spaces for error in merge_space(space, meter, fence)]
+        fence()
         append_planned_media(root, media)
         copy_samples(root, other, samples)
     remember(root, remembered(other))  # of media that this machine encoded there

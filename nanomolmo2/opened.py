@@ -345,7 +345,7 @@ class Cache:
     def _stored_frames(self, key: str) -> int:
         """Return how many rows of frames a key has, complete or not."""
         index = self._source.reader.index[ARRAY_OF["video"]]
-        return int((index.keys == key_bytes([key])).all(axis=1).sum())
+        return int(index.counting((index.keys == key_bytes([key])).all(axis=1)).sum())
 
     def _command(self, name: str, record: dict[str, Any] | None, *more: str) -> str:
         """Return the command that encodes what a name means."""

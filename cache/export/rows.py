@@ -104,11 +104,9 @@ class Source:
 
 
 def unique_rows(reader: FeatureReader, array: str) -> Positions:
-    """Return the positions of all rows, ascending. Of a row stored twice, the older counts."""
+    """Return the positions of all rows that count, ascending."""
     index = reader.index[array]
-    keep = np.ones(len(index), bool)
-    keep[[again for _, again in index.duplicates()]] = False
-    return np.flatnonzero(keep)
+    return index.numbered(np.arange(len(index)))
 
 
 def split_into_files(

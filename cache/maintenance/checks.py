@@ -17,14 +17,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CacheError, CorruptError, removal_advice, repair_advice
+from cache.errors import (
+    CacheError,
+    CorruptError,
+    command_line,
+    features_words,
+    removal_advice,
+    repair_advice,
+)
 from cache.format.checksums import crc32c, read_sealed_json
 from cache.format.gate import open_file
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.maintenance.row_checks import Finite, outliers
-from cache.store.commits import Commit, current, read_commit
+from cache.store.commits import Commit, current, key_bytes, read_commit
 from cache.store.files import PARTIAL, refuse_strangers, regular_files
 from cache.store.index_file import check_index
 from cache.store.ledger import check_part
@@ -74,7 +81,7 @@ class SpaceReport:
     name: str
     """Name of the space."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Array -> committed rows."""
+    """Array -> committed rows, each (key, view) once."""
     nbytes: int = 0
     """Bytes of the committed shards."""
     logical_hash: str | None = None
@@ -197,7 +204,7 @@ def check_space(
         findings += _check_zarr_json(
             paths.array_json(array), space.array_json(array), paths.cache_root
         )
-        findings += _check_duplicates(paths, array, index[array])
+        findings += _check_doubled(paths, array, index[array])
         findings += _check_errors(paths, array, index[array])
         sound = None if any(f.broken for f in findings) else index[array]
         if derived := check_index(paths, info, array, deep=deep, rebuilt=sound):
@@ -348,11 +355,12 @@ def check_commits(
 
 def _check_errors(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Finding]:
     """Find rows with a far larger codec error than the others."""
-    errors = index.columns.errors
+    errors = index.errors
     found = outliers(errors)
-    for number, position in enumerate(found[:SHOWN].tolist(), 1):
+    for number, at in enumerate(found[:SHOWN].tolist(), 1):
+        position = int(index.numbered(np.array([at]))[0])
         key, view = index.identity(position)
-        what = f"{key} {view}: its codec's error is {errors[position]:.3g}"
+        what = f"{key} {view}: its codec's error is {errors[at]:.3g}"
         what += f", the median {np.median(errors):.3g}"
         if number == SHOWN < len(found):
             what += f", {len(found) - SHOWN} more like it"
@@ -361,12 +369,17 @@ def _check_errors(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Fi
         yield note(shard, what, "stored as it was written; look at the image")
 
 
-def _check_duplicates(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Finding]:
-    for pair in index.duplicates():
-        key, view = index.identity(pair[0])
-        first, again = index.rows(np.array(pair)).tolist()
-        what = f"row {again} is {key} {view}, and so is row {first}"
-        yield damage(what, paths.shard(array, again // index.slots), array=array)
+def _check_doubled(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Finding]:
+    """Find rows that do not count, because an older shard has them too."""
+    again = index.rows(index.doubled)
+    shards, starts, counts = np.unique(again // index.slots, return_index=True, return_counts=True)
+    for shard, start, count in zip(*map(np.ndarray.tolist, (shards, starts, counts)), strict=True):
+        key, view = index.identity(int(index.doubled[start]))
+        first = int(index.lookup(key_bytes([key]), view)[0])
+        what = f"{count:,} of its rows are in older shards, too, and count once there"
+        what += f" (row {again[start]} first: {key} {view} is row {first})"
+        collect = command_line("cache.gc", "--delete", *features_words(paths.space_json))
+        yield note(paths.shard(array, shard), what, f"{collect} frees their bytes")
 
 
 def _check_zarr_json(path: Path, expected: bytes | None, root: Path) -> Iterator[Finding]:

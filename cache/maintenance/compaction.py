@@ -6,6 +6,9 @@
 The caller holds the driver lock of the space (`lock_spaces`). The commit of the new shard `replaces` the old
 shards, so a crash leaves either the old rows or the kept ones, never both and never fewer. `dispose` takes
 the files of the old shards out of the cache: `cache.gc` deletes them, a repair sets them aside.
+
+Kept rows get higher numbers, and of doubled rows the lowest number counts. So shards are rewritten from the
+newest to the oldest: when a row moves, no other row has its (key, view) any more.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from cache.format.shard import row_facts
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
 from cache.store.commits import Commit, read_commit
-from cache.store.files import disk_errors, entries, move, remove_file, remove_tree
+from cache.store.files import Fence, disk_errors, entries, move, remove_file, remove_tree
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.space import Space
@@ -39,16 +42,22 @@ KeptRows = tuple[Commit, npt.NDArray[np.bool_]]
 
 
 @contextlib.contextmanager
-def lock_spaces(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
+def lock_spaces(spaces: Sequence[SpacePaths], command: str) -> Iterator[Fence]:
     """Hold the driver locks of spaces, so that no job can write to them.
+
+    Yields a function that raises StaleJobError once another job has taken over one of them.
 
     Raises:
         InUseError: a job writes to one of them; the message names the job.
     """
-    with contextlib.ExitStack() as locks:
-        for space in spaces:
-            locks.enter_context(DriverLock(space, holder_text(command)))
-        yield
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(DriverLock(space, holder_text(command))) for space in spaces]
+
+        def fence() -> None:
+            for lock in locks:
+                lock.fence()
+
+        yield fence
 
 
 def intact_rows(
@@ -68,7 +77,11 @@ def intact_rows(
 
 
 def rewrite_shards(
-    space: Space, array: str, kept: Sequence[KeptRows], dispose: Dispose
+    space: Space,
+    array: str,
+    kept: Sequence[KeptRows],
+    dispose: Dispose,
+    fence: Fence | None = None,
 ) -> int | None:
     """Replace shards by one new shard that has only their kept rows. After any error, these still exist once.
 
@@ -78,16 +91,21 @@ def rewrite_shards(
     Raises:
         CorruptError: a row to keep is damaged.
         DiskError: a file cannot be written or removed.
+        StaleJobError: `fence` says that another job has taken over the space.
     """
     with disk_errors(space.paths.root):
-        number = _copy(space, array, kept) if any(keep.any() for _, keep in kept) else None
+        number = None
+        if any(keep.any() for _, keep in kept):
+            number = _copy(space, array, kept, fence)
+        elif fence is not None:
+            fence()
         remove_shards(space.paths, space.info, array, [commit.shard for commit, _ in kept], dispose)
     return number
 
 
-def _copy(space: Space, array: str, kept: Sequence[KeptRows]) -> int:
+def _copy(space: Space, array: str, kept: Sequence[KeptRows], fence: Fence | None) -> int:
     number = space.next_shard(array)
-    writer = ShardWriter(space, array, number)
+    writer = ShardWriter(space, array, number, fence)
     try:
         for commit, keep in kept:
             _append(space, array, commit, keep, writer)

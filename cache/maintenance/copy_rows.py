@@ -24,6 +24,7 @@ import numpy.typing as npt
 from cache.errors import CorruptError, command_line, features_words
 from cache.maintenance.convert_rows import Conversion, Rows
 from cache.maintenance.processes import Converters
+from cache.store.files import Fence
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
 from cache.store.writer import NewRow, ShardWriter
@@ -45,19 +46,15 @@ Done = Callable[[int, int, str], None]
 def missing(
     source: FeatureReader, target: FeatureReader | None, array: str
 ) -> npt.NDArray[np.int64]:
-    """Return the positions in `source` of the rows that `target` lacks, in row order.
-
-    Of a row that is stored twice, the first counts.
-    """
+    """Return the positions in `source` of the rows that count and that `target` lacks, in row order."""
     index = source.index[array]
     wanted = []
     for start in range(0, len(index), _LOOKUP):
-        positions = np.arange(start, min(start + _LOOKUP, len(index)))
-        identities = index.keys[positions], index.columns.views[positions]
-        first = index.lookup_coded(*identities) == index.rows(positions)
+        positions = index.numbered(np.arange(start, min(start + _LOOKUP, len(index))))
         if target is not None:
-            first &= target.index[array].lookup_coded(*identities) < 0
-        wanted.append(positions[first])
+            identities = index.keys[positions], index.columns.views[positions]
+            positions = positions[target.index[array].lookup_coded(*identities) < 0]
+        wanted.append(positions)
     return np.concatenate([np.empty(0, np.int64), *wanted])
 
 
@@ -87,6 +84,7 @@ def copy_rows(
     *,
     conversion: Conversion | None = None,
     workers: int = 1,
+    fence: Fence | None = None,
     done: Done = lambda *_: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[CorruptError]:
@@ -99,6 +97,7 @@ def copy_rows(
         positions: (n,) rows of the source, in the order in which they are to be stored.
         conversion: what is done to the rows; None: they are copied as they are.
         workers: processes that convert. The files do not depend on their number.
+        fence: raises StaleJobError once the lock is lost.
         done: see `Done`.
         stop: asked after each batch; once it returns True, what was copied is committed, and the rest left.
 
@@ -114,7 +113,7 @@ def copy_rows(
     index = source.index[array]
     room = _room_wanted(index.keys[positions], target.rows_per_shard(array))
     damaged: list[CorruptError] = []
-    filler = _Filler(target, array)
+    filler = _Filler(target, array, fence)
     pace = _Pace(workers)
     if conversion is None:
         batches = _read_in_order(source, array, positions)
@@ -187,8 +186,8 @@ class _Filler:
 
     # Rows of one batch that go to the same shard are written together.
 
-    def __init__(self, space: Space, array: str):
-        self._space, self._array = space, array
+    def __init__(self, space: Space, array: str, fence: Fence | None):
+        self._space, self._array, self._fence = space, array, fence
         self._next = space.next_shard(array)
         self._shard: ShardWriter | None = None
         self._waiting: list[NewRow] = []
@@ -200,7 +199,7 @@ class _Filler:
         if self._shard is not None and self._shard.left - len(self._waiting) < room:
             self._commit()
         if self._shard is None:
-            self._shard = ShardWriter(self._space, self._array, self._next)
+            self._shard = ShardWriter(self._space, self._array, self._next, self._fence)
             self._next += 1
         self._waiting.append(row)
 

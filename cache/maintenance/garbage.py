@@ -1,10 +1,11 @@
-"""Find what `cache.gc` may remove: files that nothing refers to, and rows that no sample mentions.
+"""Find what `cache.gc` may remove: files that nothing refers to, and rows stored twice or mentioned nowhere.
 
 Files are removed in an order in which a crash between any two of them leaves a valid space.
 """
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.errors import CacheError, command_line, features_words
+from cache.errors import CacheError
 from cache.format.gate import kind_of
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import (
@@ -26,9 +28,10 @@ from cache.maintenance.compaction import (
     remove_shards,
     rewrite_shards,
 )
-from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
+from cache.store.commits import KEY_BYTES, Commit, current, read_commit, read_commits
 from cache.store.files import (
     PARTIAL,
+    Fence,
     entries,
     regular_files,
     remove_file,
@@ -37,6 +40,7 @@ from cache.store.files import (
 )
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.references import References
 from cache.store.row_index import RowIndex
 from cache.store.samples import dataset_names, samples_table
@@ -94,6 +98,12 @@ def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]
 
 
 def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
+    # Unfinished commits before shards without one: a worker that was frozen just before it renamed a commit
+    # can then no longer make a shard exist whose files are being removed.
+    shards = tuple(map(paths.shards_dir, ARRAYS))
+    for path in _partial(paths.root, paths.cache_root):
+        if not any(path.is_relative_to(folder) for folder in shards):
+            yield _garbage(path, "never finished", paths.cache_root)
     for array in ARRAYS:
         orphans = sorted(set(paths.started(array)) - set(paths.committed(array)))
         if orphans and not paths.commits_dir.is_dir():
@@ -104,15 +114,16 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
         for number in orphans:
             folder = paths.shard_dir(array, number)
             if regular_files(folder, paths.cache_root):
-                dispose = deleter(paths.cache_root)
-                remove_files = partial(remove_shard_files, paths, array, number, dispose)
+                remove_files = partial(_remove_uncommitted, paths, array, number)
                 yield _garbage(folder, "shard, never committed", paths.cache_root, remove_files)
     if paths.space_json.exists() and paths.has_commits:
         yield from _replaced(paths)
-    shards = tuple(map(paths.shards_dir, ARRAYS))
-    for path in _partial(paths.root, paths.cache_root):
-        if not any(path.is_relative_to(folder) for folder in shards):
-            yield _garbage(path, "never finished", paths.cache_root)
+
+
+def _remove_uncommitted(paths: SpacePaths, array: str, number: int) -> None:
+    # A worker that was frozen may have committed it a moment ago.
+    if not paths.commit(array, number).exists():
+        remove_shard_files(paths, array, number, deleter(paths.cache_root))
 
 
 def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
@@ -152,25 +163,29 @@ def remove(garbage: Garbage, root: CacheRoot) -> None:
     """Remove one piece of garbage, durably. Of a link, that is the link itself."""
     if garbage.remove_shard is not None:
         garbage.remove_shard()
-    elif stat.S_ISDIR(garbage.path.lstat().st_mode):
-        remove_tree(garbage.path, root.path)
-    else:
-        remove_file(garbage.path, root.path)
+        return
+    with contextlib.suppress(FileNotFoundError):  # its owner, frozen until now, has just removed it
+        if stat.S_ISDIR(garbage.path.lstat().st_mode):
+            remove_tree(garbage.path, root.path)
+        else:
+            remove_file(garbage.path, root.path)
 
 
-# ---- rows that no sample mentions
+# ---- rows that are stored twice, or that no sample mentions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unreferenced:
-    """Rows of one array that no sample mentions."""
+class Removal:
+    """Rows of one array that can be removed."""
 
     space: Space
     """The space that has them."""
     array: str
     """The array that has them."""
-    rows: int
-    """Number of these rows."""
+    doubled: int
+    """Number of these rows that do not count: an older shard has the same (key, view)."""
+    unreferenced: int
+    """Number of the others, which no sample mentions."""
     groups: list[list[KeptRows]]
     """Shards that hold some of them, with the rows to keep. The kept rows of one group fit into one shard."""
 
@@ -211,33 +226,69 @@ def wanted_keys(root: CacheRoot) -> pa.Array:
     return pa.array(sorted(map(bytes.fromhex, wanted)), pa.binary(KEY_BYTES))
 
 
-def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]:
-    """Return the rows of a space whose key is not among `wanted` (32 bytes each), for each array with any.
+def find_removals(
+    paths: SpacePaths, wanted: pa.Array, *, unreferenced: bool
+) -> tuple[list[Removal], list[Removal]]:
+    """Return what can be removed from each array of a space.
+
+    Args:
+        paths: the space.
+        wanted: keys (32 bytes each) that samples mention.
+        unreferenced: whether rows with other keys are removed, too.
+
+    Returns:
+        What to remove; and what `unreferenced` would remove in addition.
 
     Raises:
         CacheError: the space is damaged, so that its rows cannot be judged.
     """
     space = Space.open(paths)
-    found = []
+    found: list[Removal | None] = []
+    others: list[Removal | None] = []
     for array in ARRAYS:
-        slots = space.rows_per_shard(array)
-        commits = read_commits(paths, space.info, array)
-        kept: list[KeptRows] = []
-        for commit in commits:
-            keep = np.asarray(pc.is_in(commit.table["key"], wanted), bool)
-            if not keep.all():
-                kept.append((commit, keep))
-        if not kept:
-            continue
-        if RowIndex.of(commits, slots).duplicates():
-            repair = command_line(
-                "cache.verify", "--deep", "--repair", *features_words(paths.space_json)
-            )
-            raise CacheError(f"{paths.root} holds rows twice: {repair}")
-        rows = sum(int((~keep).sum()) for _, keep in kept)
-        groups = _groups(kept, slots)
-        found.append(Unreferenced(space=space, array=array, rows=rows, groups=groups))
-    return found
+        rows = _judge(space, array, wanted)
+        found.append(_removal(space, array, rows, doubled=True, unreferenced=unreferenced))
+        if not unreferenced:
+            others.append(_removal(space, array, rows, doubled=False, unreferenced=True))
+    return [one for one in found if one], [one for one in others if one]
+
+
+Judged = tuple[Commit, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+"""A shard, which of its rows (n,) count, and which (n,) a sample mentions."""
+
+
+def _judge(space: Space, array: str, wanted: pa.Array) -> list[Judged]:
+    commits = read_commits(space.paths, space.info, array)
+    index = RowIndex.of(commits, space.rows_per_shard(array))
+    counts = np.ones(index.stored, bool)
+    counts[index.doubled] = False
+    parts = np.split(counts, index.starts[1:-1])
+    return [
+        (commit, part, np.asarray(pc.is_in(commit.table["key"], wanted), bool))
+        for commit, part in zip(commits, parts, strict=False)
+    ]
+
+
+def _removal(
+    space: Space, array: str, rows: Sequence[Judged], *, doubled: bool, unreferenced: bool
+) -> Removal | None:
+    kept: list[KeptRows] = []
+    again = unmentioned = 0
+    for commit, counts, mentioned in rows:
+        keep = (counts | (not doubled)) & (mentioned | (not unreferenced))
+        if not keep.all():
+            kept.append((commit, keep))
+            again += int((~counts).sum()) if doubled else 0
+            unmentioned += int((counts & ~mentioned).sum()) if unreferenced else 0
+    if not kept:
+        return None
+    return Removal(
+        space=space,
+        array=array,
+        doubled=again,
+        unreferenced=unmentioned,
+        groups=_groups(kept, space.rows_per_shard(array)),
+    )
 
 
 def _groups(kept: Sequence[KeptRows], slots: int) -> list[list[KeptRows]]:
@@ -257,19 +308,36 @@ def _groups(kept: Sequence[KeptRows], slots: int) -> list[list[KeptRows]]:
     return groups
 
 
-def remove_unreferenced(
-    found: Unreferenced, done: Callable[[int], object] = lambda _: None
+def remove_rows(
+    found: Removal, fence: Fence | None = None, done: Callable[[int], object] = lambda _: None
 ) -> None:
     """Copy the other rows to new shards, and delete the old shards. An error loses none of the other rows.
 
     Args:
         found: the rows to remove.
+        fence: raises StaleJobError once the lock of the space is lost.
         done: called with the bytes of old shards, after each group of them.
 
     Raises:
-        CorruptError: a row to keep is damaged.
+        CorruptError: a row to keep is damaged, or the row that counts instead of one to remove.
         DiskError: a file cannot be written or removed.
+        StaleJobError: another job has taken over the space.
     """
-    for group in found.groups:
-        rewrite_shards(found.space, found.array, group, deleter(found.space.paths.cache_root))
+    if found.doubled:
+        _check_counting(found)
+    dispose = deleter(found.space.paths.cache_root)
+    for group in reversed(found.groups):
+        rewrite_shards(found.space, found.array, group, dispose, fence)
         done(sum(commit.nbytes for commit, _ in group))
+
+
+def _check_counting(found: Removal) -> None:
+    """Read the rows that count instead of doubled ones: their other copies are about to be removed."""
+    reader, array = FeatureReader(found.space.paths), found.array
+    index, row_bytes = reader.index[array], reader.geometry[array].row_bytes
+    step = max(1, RUN_BYTES // row_bytes)
+    buffer = np.empty((step, row_bytes), np.uint8)
+    for start in range(0, len(index.doubled), step):
+        some = index.doubled[start : start + step]
+        rows = index.lookup_coded(index.keys[some], index.columns.views[some])
+        reader.read_into(array, rows, buffer[: len(rows)])

@@ -138,7 +138,9 @@ class SpaceSummary:
     pool: dict[str, int] = field(default_factory=dict)
     """Array -> side of the pooling window, in patches."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Array -> committed rows."""
+    """Array -> committed rows, each (key, view) once."""
+    doubled: dict[str, int] = field(default_factory=dict)
+    """Array -> committed rows that do not count, because an older shard has the same (key, view)."""
     container: str = ""
     """Format of its shards: zarr or webdataset."""
     shards: dict[str, int] = field(default_factory=dict)
@@ -238,6 +240,7 @@ def open_spaces(
                 blocks=spec.blocks,
                 pool={array: spec.pool(array) for array in ARRAYS},
                 rows={array: reader.rows(array) for array in ARRAYS},
+                doubled={array: len(index.doubled) for array, index in reader.index.items()},
                 container=spec.container,
                 shards={array: len(of) for array, of in sizes.items()},
                 bytes_of={array: sum(of) for array, of in sizes.items()},
@@ -254,7 +257,7 @@ def codec_errors(reader: FeatureReader) -> dict[str, ErrorSummary]:
     found = {}
     for array, index in reader.index.items():
         if len(index):
-            errors = index.columns.errors
+            errors = index.errors
             with np.errstate(invalid="ignore", over="ignore"):  # of Inf; cache.verify reports it
                 median, p99 = np.percentile(errors, (50, 99)).tolist()
             mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())

@@ -5,7 +5,7 @@
     tail.safetensors                     set aside; encode.run writes it again
     commit                               set aside with its shard: it alone says which rows the shard has
     shard                                its intact rows are copied to a new shard; it is set aside
-    a row that is stored twice           the older is kept
+    a row that is stored twice           the oldest intact one is kept, if there is damage at all
     zarr.json, index                     written again
 
 Nothing is deleted: damaged files are moved to `<features>/damaged/`, at the same relative path. Each step is
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from cache.errors import CacheError, CorruptError
 from cache.format.checksums import check_seal_file
@@ -50,7 +51,7 @@ from cache.maintenance.compaction import (
     set_aside,
 )
 from cache.store.commits import read_commits
-from cache.store.files import disk_errors, move, refuse_strangers, write_atomic
+from cache.store.files import Fence, disk_errors, move, refuse_strangers, write_atomic
 from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
@@ -90,6 +91,7 @@ class Repair:
         self._tell_line = tell
         self._aside = partial(set_aside, root)
         self.done = Repaired()
+        self._fence: Fence | None = None  # once the spaces are locked
 
     def run(self, space: SpacePaths | None) -> Report:
         """Repair one space, or everything if `space` is None. Return what is still damaged, and notes.
@@ -102,7 +104,8 @@ class Repair:
         refuse_strangers(self._root.path)
         folders = [space] if space else self._root.space_folders()
         report = Report()
-        with disk_errors(self._root.path), lock_spaces(folders, "cache.verify --repair"):
+        locks = lock_spaces(folders, "cache.verify --repair")
+        with disk_errors(self._root.path), locks as self._fence:
             if space is None:
                 self._tables()
                 report.findings += check_tables(self._root, lambda _: None)
@@ -148,7 +151,6 @@ class Repair:
         newest = {array: space.next_shard(array) for array in ARRAYS}
         for array in ARRAYS:
             self._shards(space, array, report.findings)
-            self._duplicates(space, array)
         self._arrays(space, report)
         save_index(paths, space.info)
         left = check_space(paths, False, lambda _: None)
@@ -199,42 +201,51 @@ class Repair:
             self.done.spaces.add(space.paths.name)
 
     def _shards(self, space: Space, array: str, findings: list[Finding]) -> None:
-        """Copy the intact rows of damaged shards to new shards."""
-        commits = {c.shard: c for c in read_commits(space.paths, space.info, array)}
+        """Copy the rows to keep of damaged shards, and of shards with doubled rows, to new shards.
+
+        Of rows with the same (key, view), the oldest that is intact is kept, so all of them are read. The
+        newest shard is first: see `cache.maintenance.compaction`.
+        """
+        commits = read_commits(space.paths, space.info, array)
         why: dict[int, list[str]] = defaultdict(list)
         for finding in findings:
             if finding.array == array and finding.shard is not None:
                 why[finding.shard].append(finding.what)
-        for number, reasons in sorted(why.items()):
-            commit = commits[number]
-            keep = intact_rows(space.paths, space.info, array, commit)
-            self._rewrite(space, array, (commit, keep), " and ".join(reasons))
-
-    def _duplicates(self, space: Space, array: str) -> None:
-        """Remove rows that an older shard has too."""
-        commits = read_commits(space.paths, space.info, array)
         index = RowIndex.of(commits, space.info.slots[array])
-        again = index.rows(np.array([second for _, second in index.duplicates()], np.int64))
+        identities = index.keys[index.doubled], index.columns.views[index.doubled]
+        rows = np.concatenate([index.rows(index.doubled), index.lookup_coded(*identities)])
+        to_read = why.keys() | set((rows // index.slots).tolist())
+        intact = np.ones(index.stored, bool)
         for commit in commits:
-            keep = ~np.isin(commit.table["row"].to_numpy(), again)
-            if not keep.all():
-                what = f"{int((~keep).sum())} of its rows are in older shards too"
-                self._rewrite(space, array, (commit, keep), what, lost=False)
+            if commit.shard in to_read:
+                start, count = index.spans[commit.shard]
+                found = intact_rows(space.paths, space.info, array, commit)
+                intact[start : start + count] = found
+                if commit.shard not in why and not found.all():
+                    why[commit.shard].append(f"{int((~found).sum())} of {count} rows are damaged")
+        keep, lost = _oldest_intact(index, intact)
+        for commit in reversed(commits):
+            start, count = index.spans[commit.shard]
+            kept = keep[start : start + count]
+            if commit.shard not in why and kept.all():
+                continue
+            reasons = why[commit.shard]
+            if again := int((intact[start : start + count] & ~kept).sum()):
+                reasons.append(f"{again} of its rows are in other shards, too")
+            self._rewrite(space, array, (commit, kept), " and ".join(reasons))
+        self.done.lost[array] += lost
+        if lost:
+            self.done.spaces.add(space.paths.name)
 
-    def _rewrite(
-        self, space: Space, array: str, part: KeptRows, what: str, *, lost: bool = True
-    ) -> None:
+    def _rewrite(self, space: Space, array: str, part: KeptRows, what: str) -> None:
         commit, keep = part
         kept = int(keep.sum())
         todo = f"its {kept} intact rows are copied to a new shard"
         if not kept:
             todo = "set aside with its commit"
         self._tell(space.paths.shard(array, commit.shard), what, todo)
-        rewrite_shards(space, array, [part], self._aside)
+        rewrite_shards(space, array, [part], self._aside, self._fence)
         self.done.kept[array] += kept
-        if lost and kept < len(keep):
-            self.done.lost[array] += len(keep) - kept
-            self.done.spaces.add(space.paths.name)
 
     def _index(self, paths: SpacePaths, report: SpaceReport) -> None:
         """Remove damaged index files, which are derived from the commits."""
@@ -263,6 +274,28 @@ class Repair:
                 continue
             if str(path) in why:
                 self._tell(path, why[str(path)], "written again")
+
+
+def _oldest_intact(
+    index: RowIndex, intact: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], int]:
+    """Return which rows (n,) to keep: of each (key, view) the oldest that is intact; and how many have none.
+
+    Args:
+        index: n rows.
+        intact: (n,) which of them are intact.
+    """
+    keep = intact.copy()
+    keep[index.doubled] = False
+    gone = ~intact
+    gone[index.doubled] = False
+    damaged = {index.identity(at): at for at in np.flatnonzero(gone).tolist()}
+    lost = len(damaged)
+    for at in index.doubled[intact[index.doubled]].tolist() if damaged else ():
+        if damaged.pop(index.identity(at), None) is not None:
+            keep[at] = True
+            lost -= 1
+    return keep, lost
 
 
 def _intact(path: Path, root: CacheRoot) -> bool:

@@ -4,7 +4,7 @@ cache/samples/<data set>/part-00000.parquet
 cache/media/part-<ns>-<job>.parquet
 cache/spaces/<space>/space.json  commits/<array>-<shard>.parquet  features/<array>/c/<shard>/...
 cache/spaces/<space>/index/<array>.bin  tail.safetensors
-cache/locks/<space>/driver.lock  workers.lock  worker-<id>.lock;  locks/id
+cache/locks/<space>/driver.lock  alive-<token>  workers.lock  worker-<id>.lock;  locks/id
 cache/damaged/...  cache/garbage/...
 """
 
@@ -330,13 +330,17 @@ class SpacePaths:
 
     @property
     def driver_lock(self) -> Path:
-        """Lock that the one writing job holds exclusively."""
+        """Name and token of the newest driver."""
         return self.locks_dir / "driver.lock"
 
     @property
     def workers_lock(self) -> Path:
         """Lock that each worker of that job shares."""
         return self.locks_dir / "workers.lock"
+
+    def alive_lock(self, token: str) -> Path:
+        """Return the file by which the driver with this token shows that it is alive."""
+        return self.locks_dir / f"alive-{token}"
 
     def worker_lock(self, worker_id: str) -> Path:
         """Return the lock that one worker holds exclusively while it runs."""

@@ -101,7 +101,7 @@ class FeatureReader:
         """Abort reads under way that may take minutes, as over a network; there are none on a local disk."""
 
     def rows(self, array: str) -> int:
-        """Return the number of rows in `array`."""
+        """Return the number of rows in `array`: each (key, view) once."""
         return len(self.index[array])
 
     def contains(self, array: str, key: str, view: str = "full") -> bool:
@@ -244,9 +244,9 @@ class FeatureReader:
         for array, index in self.index.items():
             step = max(1, RUN_BYTES // self.geometry[array].row_bytes)
             buffer = np.empty((step, self.geometry[array].row_bytes), np.uint8)
-            digests[array] = np.empty((len(index), 32), np.uint8)
+            digests[array] = np.empty((index.stored, 32), np.uint8)
             for start in range(0, len(index), step):
-                positions = np.arange(start, min(start + step, len(index)))
+                positions = index.numbered(np.arange(start, min(start + step, len(index))))
                 rows = buffer[: len(positions)]
                 self.read_into(array, index.rows(positions), rows)
                 digests[array][positions] = row_digests(rows)
@@ -330,8 +330,8 @@ def logical_hash(
     """Return the sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
 
     Args:
-        index: array -> its rows.
-        digests: array -> `row_digests` of all its rows, by position.
+        index: array -> its rows. Doubled ones do not count.
+        digests: array -> `row_digests` of the rows that count, by position among all.
     """
     whole = hashlib.sha256()
     for array in sorted(index):

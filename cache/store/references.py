@@ -294,7 +294,7 @@ def _frames(
 
 
 def all_rows(reader: FeatureReader, media: MediaItems) -> MediaRows:
-    """Return every row of each media item, whatever its view. Of a row stored twice, the older counts."""
+    """Return every row of each media item that counts, whatever its view."""
     items, rows, times = [_NO_ROWS], [_NO_ROWS], [np.empty(0)]
     for kind, array in enumerate(ARRAY_OF.values()):
         index, of_kind = reader.index[array], np.flatnonzero(media.kinds == kind)
@@ -312,14 +312,14 @@ def all_rows(reader: FeatureReader, media: MediaItems) -> MediaRows:
 
 
 def _positions(index: RowIndex, keys: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
-    """Return (which key, position) of every row that an index has of K keys (K, 32)."""
+    """Return (which key, position) of every row that counts of K keys (K, 32)."""
     stored, wanted = key_words(index.keys), key_words(keys)
     order = np.argsort(stored[:, 0])
     heads = stored[order, 0]
     start = np.searchsorted(heads, wanted[:, 0], "left")
     length = np.searchsorted(heads, wanted[:, 0], "right") - start
     which, position = np.repeat(np.arange(len(keys)), length), order[within(start, length)]
-    same = ~np.isin(position, [again for _, again in index.duplicates()])
+    same = ~np.isin(position, index.doubled)
     for word in range(1, stored.shape[1]):  # two keys may share their first 8 bytes
         same &= stored[position, word] == wanted[which, word]
     return which[same], position[same]

@@ -2,6 +2,10 @@
 
 A *position* counts the committed rows in row order, from 0 to n - 1. Row numbers have gaps, where a shard is
 not full or was never committed. There are n rows in m shards.
+
+Two jobs may have committed the same (key, view), where one was frozen while the other took over. Of such rows
+the one with the lowest number counts. The others are *doubled*: no lookup finds them, and `len`, `numbered`
+and `counting` leave them out. `cache.gc` removes them.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from cache.store.commits import KEY_BYTES, SCHEMA, Commit
 
 LOOKUP_ROWS = 1 << 18
 """Keys that are looked up together. It bounds the memory of a lookup."""
+COMPARED = 1 << 23
+"""Hashes that are compared together. It bounds the memory of looking for doubled rows."""
 
 ByHash = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
 """Positions (n,) in the order of their hashes, for equal hashes in row order; and these hashes (n,)."""
@@ -55,18 +61,68 @@ class RowIndex:
 
     def with_rows(self, more: Columns) -> RowIndex:
         """Return an index of these rows and of `more`: at least one shard, and none of these."""
-        if not len(self):
+        if not self.stored:
             return RowIndex(more, self.slots)
         both = self.columns.merged(more)
         if more.shards[0] < self.shards[-1]:
             return RowIndex(both, self.slots)
         order, hashes = _sorted(_hashes(more.keys, more.views))
         at = np.searchsorted(self._hashes, hashes, side="right")  # after equal hashes of older rows
-        order = np.insert(self._order, at, order + np.uint32(len(self)))
+        order = np.insert(self._order, at, order + np.uint32(self.stored))
         return RowIndex(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
 
-    def __len__(self) -> int:
+    @property
+    def stored(self) -> int:
+        """n, the number of positions: the rows that count, and the doubled ones."""
         return len(self.keys)
+
+    def __len__(self) -> int:
+        """Return the number of rows that count: each (key, view) once."""
+        return self.stored - len(self.doubled)
+
+    @functools.cached_property
+    def doubled(self) -> npt.NDArray[np.int64]:
+        """(d,) positions of the rows that do not count, ascending."""
+        again, shared = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+        for start in range(0, self.stored - 1, COMPARED):
+            hashes = self._hashes[start : start + COMPARED + 1]
+            same = start + np.flatnonzero(hashes[1:] == hashes[:-1])
+            for some in np.split(same, range(LOOKUP_ROWS, len(same), LOOKUP_ROWS)):
+                before, after = (self._order[at].astype(np.int64) for at in (some, some + 1))
+                equal = self.columns.views[before] == self.columns.views[after]
+                equal &= (key_words(self.keys[before]) == key_words(self.keys[after])).all(axis=1)
+                again.append(after[equal])
+                shared.append(self._hashes[some[~equal]])
+        if len(of_several := np.concatenate(shared)):
+            again.append(self._doubled_among(np.unique(of_several)))
+        return np.unique(np.concatenate(again))
+
+    def _doubled_among(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Return the doubled positions among the rows with hashes that several identities share.
+
+        Odds 3e-6 at 10 M rows, unless somebody made such keys: then a sort takes less time than lookups.
+        """
+        positions = self._order[np.isin(self._hashes, hashes)].astype(np.int64)
+        identities = [*key_words(self.keys[positions]).T, self.columns.views[positions]]
+        order = np.lexsort((positions, *identities))
+        equal = np.logical_and.reduce([one[order][1:] == one[order][:-1] for one in identities])
+        return positions[order[1:][equal]]
+
+    def numbered(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the positions (k,) of rows that count, given by their numbers (k,) from 0 to len - 1."""
+        before = self.doubled - np.arange(
+            len(self.doubled)
+        )  # rows that count before each doubled one
+        return numbers + np.searchsorted(before, numbers, side="right")
+
+    def counting(self, column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the values of a column (n, ...) for the rows that count, (len, ...)."""
+        return np.delete(column, self.doubled, axis=0) if len(self.doubled) else column
+
+    @property
+    def errors(self) -> npt.NDArray[np.float32]:
+        """(len,) relative error of the row codec, for the rows that count."""
+        return self.counting(self.columns.errors)
 
     def lookup(self, keys: npt.NDArray[np.uint8], view: str) -> npt.NDArray[np.int64]:
         """Return the row numbers (k,) of keys (k, 32) with one view; -1 where there is no row."""
@@ -144,11 +200,12 @@ class RowIndex:
         return self.starts[at] + slot
 
     def by_identity(self) -> npt.NDArray[np.int64]:
-        """Return all positions, sorted by (key, view)."""
+        """Return the positions of the rows that count, sorted by (key, view)."""
         codes, inverse = np.unique(self.columns.views, return_inverse=True)
         names = [self._view(code) for code in codes.tolist()]
         rank = np.argsort(np.argsort(np.array(names, dtype=np.str_)))
-        return np.lexsort((rank[inverse], self.keys.view(f"S{KEY_BYTES}").reshape(-1)))
+        order = np.lexsort((rank[inverse], self.keys.view(f"S{KEY_BYTES}").reshape(-1)))
+        return order[~np.isin(order, self.doubled)] if len(self.doubled) else order
 
     def identity(self, position: int) -> tuple[str, str]:
         """Return the (key, view) of one row, the key as 64 hex digits."""
@@ -157,18 +214,6 @@ class RowIndex:
 
     def _view(self, code: int) -> str:
         return f"t:{code}" if code >= 0 else self.columns.names[code]
-
-    def duplicates(self) -> list[tuple[int, int]]:
-        """Return pairs of positions, (first, again), of rows with the same (key, view)."""
-        pairs: list[tuple[int, int]] = []
-        same = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
-        first: dict[tuple[str, str], int] = {}
-        for at in np.unique(np.concatenate([same, same + 1])):
-            position = int(self._order[at])
-            seen = first.setdefault(self.identity(position), position)
-            if seen != position:
-                pairs.append((seen, position))
-        return pairs
 
 
 class Identities(Set[tuple[str, str]]):
@@ -189,11 +234,11 @@ class Identities(Set[tuple[str, str]]):
             return False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        again = {position for _, position in self._index.duplicates()}
-        return (self._index.identity(i) for i in range(len(self._index)) if i not in again)
+        again = set(self._index.doubled.tolist())
+        return (self._index.identity(i) for i in range(self._index.stored) if i not in again)
 
     def __len__(self) -> int:
-        return len(self._index) - len(self._index.duplicates())
+        return len(self._index)
 
 
 def _sorted(hashes: npt.NDArray[np.uint64]) -> ByHash:

@@ -80,7 +80,12 @@ class ShardWriter:
         self._over = False
         self._folder = space.paths.shard_dir(array, number)
         self._root = space.paths.cache_root
-        new_folder(self._folder, self._root)
+        try:
+            new_folder(self._folder, self._root)
+        except FileExistsError:
+            if fence is not None:  # the number may be of another job, which has taken over
+                fence()
+            raise
         if self._path.parent != self._folder:
             new_folder(self._path.parent, self._root)
         self._fd = create_file(self._temporary, self._root)

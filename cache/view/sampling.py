@@ -68,7 +68,7 @@ def _distinct(index: RowIndex, count: int, rng: np.random.Generator) -> list[int
     found: dict[str, int] = {}
     # Rows of one key are adjacent, so a draw of few rows may hit a key twice: then draw more.
     for factor in (1, 16):
-        for position in spread(factor * count, len(index), rng).tolist():
+        for position in index.numbered(spread(factor * count, len(index), rng)).tolist():
             if len(found) < count:
                 found.setdefault(index.identity(position)[0], position)
     return sorted(found.values())
@@ -80,6 +80,7 @@ def _chosen(index: RowIndex, array: str, position: int) -> Chosen:
     # First by 8 bytes of the key: 30 times faster than by all 32, in a space of millions of rows.
     positions = np.flatnonzero(words[:, 0] == words[position, 0])
     positions = positions[(words[positions] == words[position]).all(axis=1)]
+    positions = positions[~np.isin(positions, index.doubled)]
     positions = positions[np.argsort(index.times[positions], kind="stable")]
     shown = np.unique(np.linspace(0, len(positions) - 1, FRAMES).round().astype(np.int64))
     some = positions[shown]
@@ -100,7 +101,7 @@ def sample_rows(reader: FeatureReader, array: str, seed: int) -> npt.NDArray[np.
     row_bytes = 2 * reader.spec.tokens(array) * reader.spec.width
     count = max(1, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
     index = reader.index[array]
-    return index.rows(spread(count, len(index), np.random.default_rng(seed)))
+    return index.rows(index.numbered(spread(count, len(index), np.random.default_rng(seed))))
 
 
 def read_rows(

@@ -81,7 +81,7 @@ def summary(found: Findings) -> list[tuple[str, str, str]]:
     reader = found.reader
     indexes = [reader.index[array] for array in found.norms]
     nbytes = sum(sum(index.nbytes.values()) for index in indexes)
-    errors = np.concatenate([index.columns.errors for index in indexes])
+    errors = np.concatenate([index.errors for index in indexes])
     mean = errors.mean(dtype=np.float64)
     long = np.concatenate([one.values > one.limit for one in found.norms.values()])
     share = f"{long.mean():.2%}" if long.any() else "none"
@@ -184,7 +184,7 @@ def _errors(found: Findings) -> Markup:
     first = errors[found.channels_array]
     return histogram(
         [
-            Series(PLURALS[array], 100 * reader.index[array].columns.errors, STYLES[array])
+            Series(PLURALS[array], 100 * reader.index[array].errors, STYLES[array])
             for array in errors
         ],
         title="Codec error per row",

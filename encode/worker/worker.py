@@ -259,11 +259,12 @@ class Worker:
         self._writer.put(item)
 
     def _report(self) -> bool:
-        """Report once a second. Return False when the job stops. Raise the writer's errors."""
+        """Report once a second. Return False when the job stops. Raise StaleJobError, or a writer's error."""
         self._writer.check()
         now = time.monotonic()
         if self._running and now - self._reported_s > REPORT_EVERY_S:
             self._reported_s = now
+            self._lease.fence()
             self._running = self._coordinator.report(self._number, self.timings())
         return self._running
 

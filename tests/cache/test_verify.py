@@ -105,15 +105,23 @@ def test_an_intact_file_in_the_wrong_place_is_found(root: CacheRoot) -> None:
     assert broken(verify(root)) == list(map(str, wrong))
 
 
-def test_a_row_that_is_stored_twice_is_found(root: CacheRoot) -> None:
+def test_rows_that_are_stored_twice_are_a_note(root: CacheRoot) -> None:
     space = make_space(root.path)
-    again = fill(space, [1])
+    expected = FeatureReader(space.paths).logical_hash()
+    again = fill(space, [1, 2])
     space.grow("image")
-    (finding,) = verify(root).all_findings
-    assert finding.path == str(space.paths.shard("image", again))
-    assert finding.what == f"row 8 is {key(1)} full, and so is row 1"
-    assert "cache.verify --deep --repair" in finding.way_out
-    assert FeatureReader(space.paths).lookup("image", [key(1)]).tolist() == [1]
+    for deep in (False, True):
+        report = verify(root, deep=deep)
+        assert not report.broken
+        (finding,) = report.all_findings
+        assert finding.path == str(space.paths.shard("image", again))
+        assert finding.what == (
+            "2 of its rows are in older shards, too, and count once there "
+            f"(row 8 first: {key(1)} full is row 1)"
+        )
+        assert "cache.gc --delete" in finding.way_out
+        assert report.spaces[0].rows == {"image": 3, "frame": 1}
+    assert report.spaces[0].logical_hash == expected
 
 
 def test_files_left_by_a_crash_are_notes(root: CacheRoot) -> None:

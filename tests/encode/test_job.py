@@ -390,7 +390,7 @@ def test_an_interrupted_job_keeps_encoded_rows_and_can_be_continued(
     result = job()
     assert result.plan.reused == kept
     assert result.reader.rows("image") == 134
-    assert result.reader.index["image"].duplicates() == []
+    assert result.reader.index["image"].doubled.size == 0
 
 
 def test_a_job_on_a_terminal_shows_a_bar_and_leaves_its_lines(

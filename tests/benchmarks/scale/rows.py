@@ -81,10 +81,11 @@ def add(root: CacheRoot, rows: int) -> dict[str, float]:
 
 
 def open_space(root: CacheRoot, rows: int) -> dict[str, float]:
-    """Open the space with the index it has, then look keys up."""
+    """Open the space with the index it has, count its rows, each (key, view) once, then look keys up."""
     paths = find_space(root, None)
     before, started = memory_mb(), time.perf_counter()
     reader = FeatureReader(paths)
+    assert rows <= reader.rows("image") <= rows + NEW_COMMITS * ROWS_A_SHARD
     seconds = time.perf_counter() - started
     found = {"seconds": seconds, "rss": memory_mb() - before, "peak": memory_mb("VmHWM") - before}
     draw = np.random.default_rng(7)

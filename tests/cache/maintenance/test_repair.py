@@ -259,17 +259,46 @@ def test_rows_with_nan_are_removed(tmp_path: Path) -> None:
         assert images(root) == {0, 2}
 
 
-def test_of_equal_rows_the_older_is_kept_unless_it_is_damaged(root: CacheRoot) -> None:
+def test_of_equal_rows_the_oldest_that_is_intact_is_kept(root: CacheRoot) -> None:
+    space = Space.open(only_space(root))
+    fill(space, [1, 4, 10])
+    fill(space, [4, 5])
+    space.grow("image")
+    assert not verify(root, deep=True).broken
+    garble(space.paths.shard("image", 1), 5)  # 4, as it was first
+    garble(space.paths.shard("image", 4), 268 + 5)  # 5, as it is again
+    done, said = repair(root)
+    assert images(root) == {*range(9), 10}
+    assert (done.lost["image"], done.spaces) == (0, set())
+    index = FeatureReader(space.paths).index["image"]
+    assert (len(index), len(index.doubled)) == (10, 0)
+    assert [line.split("/")[-3] for line in said] == ["4", "3", "1"], "newest first"
+    assert "1 of its rows are in other shards, too" in said[1]
+
+
+def test_a_quick_repair_reads_the_rows_that_are_stored_twice(root: CacheRoot) -> None:
+    """It must not remove the only intact copy because of damage elsewhere."""
     space = Space.open(only_space(root))
     fill(space, [1, 4, 10])
     space.grow("image")
-    garble(space.paths.shard("image", 1), 5)  # 4, as it was first
-    done, _ = repair(root)
+    garble(space.paths.shard("image", 1), 5)  # 4, as it was first: only a deep check finds it
+    garble(space.paths.shard("image", 2), space.paths.shard("image", 2).stat().st_size - 30)
+    quick = Repair(root, deep=False, tell=lambda _: None, progress=lambda _: None)
+    assert not quick.run(None).broken
+    assert verify(root, deep=True).all_findings == []
     assert images(root) == {*range(9), 10}
+    assert quick.done.lost["image"] == 0
+
+
+def test_a_row_whose_copies_are_all_damaged_is_lost_once(root: CacheRoot) -> None:
+    space = Space.open(only_space(root))
+    fill(space, [4])
+    space.grow("image")
+    for number in (1, 3):
+        garble(space.paths.shard("image", number), 5)
+    done, _ = repair(root)
+    assert images(root) == set(range(9)) - {4}
     assert (done.lost["image"], done.spaces) == (1, {space.paths.name})
-    index = FeatureReader(space.paths).index["image"]
-    assert len(index) == 10
-    assert index.duplicates() == []
 
 
 def test_a_shard_that_exists_again_is_checked_like_any_other(root: CacheRoot) -> None:

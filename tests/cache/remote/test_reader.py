@@ -31,12 +31,15 @@ from cache.remote.reader import RemoteReader
 from cache.remote.retry import RetryPolicy
 from cache.remote.row_cache import RowCache
 from cache.share import share
+from cache.store import index_file
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
+from cache.store.writer import ShardWriter
 from tests.support.faults import garble
 from tests.support.remote_servers import Act, Handler, WebServer, first
 from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
+from tests.support.spaces import row as stored_row
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +108,28 @@ def test_every_format_and_codec_can_be_read(
             expected = local.read("image", key(number))
             np.testing.assert_array_equal(remote.read("image", key(number)), expected)
         assert remote.logical_hash() == local.logical_hash()
+
+
+def test_of_rows_that_are_stored_twice_the_oldest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
+    space = make_space(tmp_path / "there")
+    fill(space, [0, 1])
+    expected = FeatureReader(space.paths)
+    index_file.save_index(space.paths, space.info)
+    for numbers in ([1], [1, 0]):  # with other bytes, after the index was saved
+        writer = ShardWriter(space, "image", space.next_shard("image"))
+        for number in numbers:
+            writer.append(key(number), "full", stored_row(100 + number))
+        writer.commit()
+    share(CacheRoot(tmp_path / "there"))
+    with WebServer(tmp_path / "there") as server:
+        remote = open_remote(server, tmp_path / "here")
+        assert (remote.rows("image"), remote.index["image"].stored) == (2, 5)
+        assert remote.logical_hash() == expected.logical_hash()
+        assert remote.lookup("image", [key(1), key(0)]).tolist() == [1, 0]
+        assert server.row_bytes < 3 * ROW_BYTES, "no other copy is fetched"
 
 
 def test_rows_equal_those_of_a_local_reader_in_any_order(

@@ -23,7 +23,7 @@ import nanomolmo2 as nm
 from cache.errors import CacheError, CorruptError
 from cache.format.checksums import UNSEALED, seal, seal_file, sealed_json
 from cache.maintenance.checks import verify
-from cache.maintenance.garbage import find_garbage, find_unreferenced, wanted_keys
+from cache.maintenance.garbage import find_garbage, find_removals, wanted_keys
 from cache.maintenance.inventory import list_failures, list_notes, open_spaces, summarise_datasets
 from cache.maintenance.merge_tables import plan_media, plan_samples
 from cache.maintenance.repair import Repair
@@ -123,10 +123,10 @@ def use(root: CacheRoot, *names: str) -> list[str]:
     def reader() -> None:
         opened = FeatureReader(find_space(root, None))
         for array, index in opened.index.items():
-            rows = index.rows(np.arange(len(index)))
+            rows = index.rows(np.arange(index.stored))
             out = np.empty((len(rows), opened.geometry[array].row_bytes), np.uint8)
             opened.read_into(array, rows, out)
-            [index.identity(at) for at in range(len(index))]
+            [index.identity(at) for at in range(index.stored)]
         opened.logical_hash()
 
     def listing() -> None:
@@ -144,7 +144,7 @@ def use(root: CacheRoot, *names: str) -> list[str]:
         find_garbage(root, root.space_folders())
         wanted = wanted_keys(root)
         for space in root.space_folders():
-            find_unreferenced(space, wanted)
+            find_removals(space, wanted, unreferenced=True)
 
     def merging() -> None:
         plan_media(CacheRoot(root.path.with_name("other")), root)

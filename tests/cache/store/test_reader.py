@@ -445,13 +445,13 @@ def test_the_index_behaves_like_a_dictionary(data: st.DataObject) -> None:
         st.lists(st.integers(0, 30), min_size=len(shards), max_size=len(shards), unique=True)
     )
     model: dict[tuple[bytes, str], int] = {}
-    twice = set()
+    twice = []
     made = []
     for number, identities in zip(sorted(numbers), shards, strict=True):
         rows = range(number * SLOTS, number * SLOTS + len(identities))
         for row_number, found in zip(rows, identities, strict=True):
             if model.setdefault(found, row_number) != row_number:
-                twice.add((model[found], row_number))
+                twice.append(row_number)
         columns = {
             "key": [found[0] for found in identities],
             "view": [found[1] for found in identities],
@@ -467,14 +467,17 @@ def test_the_index_behaves_like_a_dictionary(data: st.DataObject) -> None:
         wanted = [model.get((name, view), -1) for name in keys]
         found_rows = index.lookup(key_bytes([name.hex() for name in keys]), view)
         assert found_rows.tolist() == wanted
-    positions = np.arange(len(index))
+    positions = np.arange(index.stored)
     rows_found = index.rows(positions)
     assert rows_found.tolist() == [r for commit in made for r in commit.table["row"].to_pylist()]
     assert index.positions(rows_found).tolist() == positions.tolist()
-    pairs = index.rows(np.array(index.duplicates(), np.int64).reshape(-1, 2))
-    assert {tuple(pair) for pair in pairs.tolist()} == twice
+    assert index.rows(index.doubled).tolist() == twice
+    assert len(index) == len(model)
+    counting = index.numbered(np.arange(len(index)))
+    assert index.rows(counting).tolist() == sorted(model.values())
+    assert index.counting(positions).tolist() == counting.tolist()
     order = [index.identity(position) for position in index.by_identity()]
-    assert order == sorted(order)
+    assert order == sorted((name.hex(), view) for name, view in model)
 
 
 def test_a_space_is_found_by_name_or_if_it_is_the_only_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRef, Sample, write_samples
 from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support import faults
 from tests.support.faults import CALLS, FAULTS, FINISHED, REFUSED, garble, struck, write
 from tests.support.spaces import fill, key, make_space, row
@@ -117,6 +118,14 @@ def test_an_interrupted_repair_loses_no_intact_row(
     print(f"{len(copies)} faults at the calls of a repair")
 
 
+def again(space: Space, numbers: list[int], *, new: set[int]) -> None:
+    """One more shard with these images; all but `new` have bytes that must never count."""
+    writer = ShardWriter(space, "image", space.next_shard("image"))
+    for number in numbers:
+        writer.append(key(number), "full", row(number if number in new else number + 100))
+    writer.commit()
+
+
 @pytest.mark.soak_counted
 def test_an_interrupted_removal_loses_no_mentioned_row(
     folder: Path, soak: Callable[[int, int], int]
@@ -125,9 +134,11 @@ def test_an_interrupted_removal_loses_no_mentioned_row(
     space = make_space(folder / "cache")
     for numbers in ([0, 1, 2], [3, 4], [5, 6], [7]):
         fill(space, numbers)
+    for numbers in ([0, 3], [8, 9, 6]):  # a worker was frozen, and committed 0, 3 and 6 again
+        again(space, numbers, new={8, 9})
     space.grow("image")
-    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(8)], "job")
-    mentioned = {0, 2, 4, 5, 6}  # the shard of 5 and 6 stays as it is; 7's goes
+    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(10)], "job")
+    mentioned = {0, 2, 4, 5, 6, 8, 9}  # the shard of 5 and 6 stays as it is; 7's goes
     refs = tuple(MediaRef(source=str(n)) for n in sorted(mentioned))
     write_samples(root, "toy", [Sample(id="0", dataset="toy", messages=(), media=refs)])
     untouched = space.paths.shard("image", 2).read_bytes()
@@ -136,8 +147,8 @@ def test_an_interrupted_removal_loses_no_mentioned_row(
         root = CacheRoot(Path(copy["folder"]))
         here = root.space(space.paths.name)
         assert mentioned <= good_rows(here), copy
-        doubles = FeatureReader(here).index["image"].duplicates()
-        assert doubles == [], "a row is there once, whenever it ends"
+        doubled = FeatureReader(here).index["image"].doubled
+        assert len(doubled) <= 3, "none becomes one"
         faults.collect(root, [])  # again, undisturbed
         assert good_rows(here) == mentioned, copy
         report = verify(root, deep=True)

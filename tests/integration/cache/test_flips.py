@@ -80,7 +80,7 @@ class World:
         for kind in ARRAYS:
             index = reader.index[kind]
             out = np.empty((1, reader.spec.row_bytes(kind)), np.uint8)
-            for position in range(len(index)):
+            for position in range(index.stored):
                 try:
                     reader.read_into(kind, index.rows(np.array([position])), out)
                 except CorruptError:

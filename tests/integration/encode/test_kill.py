@@ -1,4 +1,4 @@
-"""Kill a driver at random moments, then run the same command: no row is lost, none exists twice.
+"""Kill or freeze a driver at random moments, then run the same command: no row is lost, none counts twice.
 
 process = start(folder, workers=2)          # tests.support.encode_jobs
 process.kill()
@@ -11,15 +11,23 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cache import gc
+from cache.maintenance.checks import verify
+from cache.store import locks
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.locks import driver_holder
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from encode.driver.ray_session import remove_dead
+from encode.worker.worker import Worker
 from tests.support.encode_jobs import (
     Result,
     committed,
@@ -40,7 +48,7 @@ def assert_whole(folder: Path, like: Result) -> None:
     reader = FeatureReader(space(folder))
     assert reader.rows("image") == IMAGES
     assert reader.rows("frame") == sum(VIDEOS)
-    assert [index.duplicates() for index in reader.index.values()] == [[], []]
+    assert all(index.doubled.size == 0 for index in reader.index.values())
     assert reader.logical_hash() == like.reader.logical_hash()
 
 
@@ -107,3 +115,56 @@ def test_ctrl_c_keeps_encoded_rows_and_exits_with_130(tmp_path: Path, workers: i
     result = encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
     assert result.plan.reused == kept
     assert result.reader.rows("image") == IMAGES
+
+
+@pytest.mark.soak_counted
+def test_a_driver_that_is_frozen_through_a_takeover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soak: Callable[[int, int], int]
+) -> None:
+    """It wakes when the next job has done its work, or in the middle of it."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.05)
+    monkeypatch.setattr(locks, "STALE_LOOKS", 8)
+    monkeypatch.setattr(locks, "ORPHANS_S", 0.2)
+    draw(tmp_path / "images", IMAGES)
+    whole = encode(tmp_path / "whole", f"folder:{tmp_path / 'images'}")
+    dice = random.Random(0)
+    for i in range(soak(1, 20)):
+        folder = tmp_path / f"job-{i}"
+        folder.mkdir()
+        (folder / "images").symlink_to(tmp_path / "images")
+        process = start(folder, 0)
+        wait_for_rows(folder, process, rows=dice.randrange(1, IMAGES // 2))
+        time.sleep(dice.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGSTOP)
+        wakes = threading.Timer(dice.choice([0.0, 60.0]), process.send_signal, [signal.SIGCONT])
+        worker_class = type("Waking", (Worker,), {"__init__": waking(wakes)})
+        result = encode(folder / "cache", f"folder:{folder / 'images'}", worker_class=worker_class)
+        wakes.cancel()
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=120)
+        assert (result.code, process.returncode) == (0, 1), said
+        assert "belongs to another job now (test)" in said
+        reader = FeatureReader(space(folder))
+        assert reader.rows("image") == IMAGES
+        assert reader.logical_hash() == whole.reader.logical_hash()
+        root = CacheRoot(folder / "cache")
+        assert not verify(root, deep=True).broken
+        gc.run(gc.Options(features=root.path, delete=True))
+        assert verify(root, deep=True).all_findings == []
+        assert FeatureReader(space(folder)).logical_hash() == whole.reader.logical_hash()
+        ledger = {name: record.status for name, record in read_ledger(root).items()}
+        assert ledger == dict.fromkeys(whole.ledger, "ok")
+
+
+def waking(timer: threading.Timer) -> Callable[..., None]:
+    """An `__init__` of a worker that starts a timer when it begins to work."""
+
+    def begin(self: Worker, *arguments: Any, **options: Any) -> None:
+        Worker.__init__(self, *arguments, **options)
+        timer.start()
+
+    return begin
+
+
+def read_ledger(root: CacheRoot) -> dict[str, MediaRecord]:
+    return {Path(source).name: record for source, record in read_media(root).items()}

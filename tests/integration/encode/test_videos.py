@@ -100,7 +100,7 @@ def test_a_higher_limit_encodes_only_the_new_frames(job: Encode) -> None:
     assert more.plan.rows == more.plan.new_rows["frame"] == sum(map(len, wanted)) - sum(counts)
     assert more.plan.reused == sum(n <= 4 for n in LENGTHS), "the short ones have all their frames"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    assert more.reader.index["frame"].duplicates() == []
+    assert more.reader.index["frame"].doubled.size == 0
     for name, record in more.ledger.items():
         assert min(rows_of(more.reader, record, 8)) >= 0, name
     again = job(config=replace(CONFIG, max_frames=8))
