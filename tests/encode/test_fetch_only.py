@@ -15,14 +15,14 @@ from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
 from encode.driver.progress import ProgressState
 from encode.fetch_only import fetch_only
-from encode.plan.plan import Mention
+from encode.plan.media import Media, Mention
 from encode.worker.config import WorkerConfig
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
 from model.media.images import Failure
 from tests.support.encode_jobs import TINY
 
-MEDIA = {f"https://a.test/{number}.jpg": Mention("image") for number in range(40)}
+MEDIA = Media.of({f"https://a.test/{number}.jpg": Mention("image") for number in range(40)})
 
 
 @pytest.fixture
