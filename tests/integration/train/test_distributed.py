@@ -44,17 +44,9 @@ TWO = ["--batch-size", "5", "--max-tokens", "64", "--max-sequence-length", "64"]
 WHOLE = ["--batch-size", "10", "--processes", "1"]
 MIX = [
     *("--datasets", "colors=0.3,films=0.2,texts=0.5", "--batch-size", "4", "--processes", "1"),
-    *(
-        "--max-tokens",
-        "80",
-        "--max-sequence-length",
-        "80",
-        "--max-steps",
-        "12",
-        "--eval-every",
-        "6",
-    ),
-    *("--use-gradient-checkpointing", "--held-out", "0.2"),
+    *("--max-tokens", "80", "--max-sequence-length", "80", "--held-out", "0.2"),
+    *("--max-steps", "12", "--eval-every", "12", "--save-every", "12"),
+    "--use-gradient-checkpointing",
 ]
 """Four samples a step: trees of an image and its two samples, clips, texts without media."""
 FEW = ["--max-steps", "4", "--eval-every", "0", "--max-tokens", "256"]
@@ -171,9 +163,8 @@ def place(
             Scene(name="chain-a", words=[*chain, "--shard", "full"], stop_after=8),
             Scene(name="chain-b", words=chain, stop_after=16, processes=1),
             Scene(name="chain-c", words=["--run", "two-chain", "--resume", *words[-2:]]),
-            *killed_scenes(
-                [*mixed, "--run", "killed"], 10 if request.config.getoption("--soak") else 2
-            ),
+            *killed_scenes(mixed, "offload-2", 2),
+            *(killed_scenes(mixed, "node-4", 10) if request.config.getoption("--soak") else []),
             Scene(name="gone", words=[*words, "--run", "gone", "--shard", "full"], killed_after=2),
             Scene(
                 name="nan",
@@ -198,19 +189,14 @@ def place(
     return place
 
 
-def killed_scenes(words: list[str], kills: int) -> list[Scene]:
+def killed_scenes(words: list[str], like: str, kills: int) -> list[Scene]:
     """Return trainings of one run that are killed at random steps, in turn while a checkpoint is written."""
     steps = sorted(random.Random(time.time_ns()).sample(range(1, 12), kills))
     ends = [{("killed_after", "killed_writing")[i % 2]: step} for i, step in enumerate(steps)]
+    whole = SHARED[like]
+    words = [*words, *whole.words, "--run", f"killed-{like}", "--resume", "--save-every", "1"]
     return [
-        Scene(
-            name=f"killed-{i}",
-            words=[*words, "--shard", "node", "--resume", "--save-every", "1"],
-            processes=4,
-            a_machine=2,
-            background=True,
-            **end,
-        )
+        replace(whole, name=f"killed-{like}-{i}", words=words, background=True, **end)
         for i, end in enumerate([*ends, {}])
     ]
 
@@ -313,20 +299,29 @@ def test_a_run_of_two_processes_can_be_resumed_by_one_and_then_by_two(place: Pat
 
 
 @pytest.mark.soak_counted
-def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(place: Path) -> None:
-    """With an equal number of processes, also if it was killed while a checkpoint was written."""
-    kills = len(list(place.glob("killed-*-0.json"))) - 1
-    assert kills >= 2
-    for kill in range(kills):
-        left = outcomes(place, f"killed-{kill}")
-        assert len(left) == 3 and all(o.code for o in left)
-        assert sum(o.err.count("error: a process of this training is gone") for o in left) >= 1
-    assert [o.code for o in outcomes(place, f"killed-{kills}")] == [0] * 4
-    killed, whole = run_of(place, "killed"), run_of(place, "node-4")
-    for what in ("loss", "grad_norm", "held_out_loss"):
-        assert losses(killed, what) == losses(whole, what)
-    for name in ("model.safetensors", "connector.safetensors"):
-        assert (killed / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(
+    place: Path, soak: Callable[[int, int], int]
+) -> None:
+    """With an equal number of processes, also if it was killed while a checkpoint was written.
+
+    Two processes are killed twice; in `make soak`, four processes ten times.
+    """
+    for like, kills in (("offload-2", 2), ("node-4", soak(0, 10))):
+        processes, last = SHARED[like].processes, f"killed-{like}-{kills}"
+        if not kills:
+            continue
+        for kill in range(kills):
+            left = outcomes(place, f"killed-{like}-{kill}")
+            assert len(left) == processes - 1 and all(o.code for o in left)
+            gone = "error: a process of this training is gone"
+            assert sum(o.err.count(gone) for o in left) >= 1
+        assert [o.code for o in outcomes(place, last)] == [0] * processes
+        killed, whole = run_of(place, f"killed-{like}"), run_of(place, like)
+        for what in ("loss", "grad_norm", "held_out_loss"):
+            assert losses(killed, what) == losses(whole, what)
+        for name in ("model.safetensors", "connector.safetensors"):
+            assert (killed / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+        print(f"{processes} processes killed {kills} times: equal bits")
 
 
 def test_only_the_main_process_prints(place: Path) -> None:
@@ -449,7 +444,7 @@ def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
 ) -> None:
     """Press Ctrl-C: both processes end soon, and resuming loses nothing. In `make soak`, then kill one.
 
-    In `make test` the scenes `gone` and `killed-*` have a process that is killed, without torchrun.
+    In `make test` the scenes `gone` and `killed-…` have a process that is killed, without torchrun.
     """
     rng = random.Random(time.time_ns())
     words = [*WORDS, "--features", str(cache.path), "--save-every", "2"]
