@@ -5,6 +5,7 @@
     │   └── TooManyFailuresError    too many sources failed in our own code
     ├── BadMediaError               (model.media) a media item cannot become features: recorded in the ledger
     │   └── DownloadError           an attempt to download it failed
+    ├── WorkerLostError             a worker's process or node is gone: its sources are assigned again
     ├── OverBudgetError             a download needs more memory than is free: it waits and tries again
     └── BadRowError                 a row of a PixMo list cannot be used: counted by its reason
 
@@ -19,6 +20,10 @@ from model.media.images import BadMediaError
 
 class TooManyFailuresError(UserError):
     """Too many sources failed in our own code, so the job stops."""
+
+
+class WorkerLostError(Exception):
+    """The process of a worker is gone, or its node is, or cannot be reached."""
 
 
 class DownloadError(BadMediaError):

@@ -17,7 +17,9 @@ import logging
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,8 +34,9 @@ from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import SPARE_BYTES, free_bytes
 from configs.signals import Interrupts
-from encode.download.config import DownloadConfig
+from encode.driver.cluster import remove_stale
 from encode.driver.inline import run_inline
+from encode.driver.nodes import Layouts, NodeLayouts, OneMachine
 from encode.driver.progress import (
     OnProgress,
     Progress,
@@ -72,16 +75,6 @@ URLS_A_PROBE = 10
 """URLs of a job for each that is downloaded before, to measure: a small job downloads none twice."""
 
 
-def share(config: DownloadConfig, workers: int) -> DownloadConfig:
-    """Divide the limits of all downloads among `workers`; return the limits of one."""
-    return replace(
-        config,
-        connections=max(1, config.connections // workers),
-        per_host=max(1, config.per_host // workers),
-        budget_bytes=max(config.max_bytes, config.budget_bytes // workers),
-    )
-
-
 class Job:
     """One encode job."""
 
@@ -94,6 +87,7 @@ class Job:
         container: str = "zarr",
         config: WorkerConfig,
         worker_class: type[Worker] = Worker,
+        on_cluster: bool = False,
     ):
         """Load the encoder, since a hash of its weights is part of the space's name.
 
@@ -104,10 +98,13 @@ class Job:
             container: the format of the shards: zarr or webdataset.
             config: how workers are made.
             worker_class: the class that encodes, inline or in an actor.
+            on_cluster: whether the workers are on the nodes of a cluster. This process then encodes nothing,
+                and may be on a machine without a GPU.
         """
         self._root, self._counter, self._config = root, counter, config
         self._worker_class = worker_class
-        self._encoder = config.load()
+        self._on_cluster = on_cluster
+        self._encoder = (replace(config, device="cpu") if on_cluster else config).load()
         self.spec = replace(self._encoder.spec(codec), container=container)
         self._tail: bytes | None = None
         if config.encoder.tail:
@@ -219,13 +216,17 @@ class Job:
         if not plan.todo or (small and not always_measure):
             return None
         start = time.monotonic()
-        speed = measure_speed(self._encoder, self.spec, self._encoder.device)
+        speed = None  # also on a cluster: this machine's says nothing about the nodes'
+        if not self._on_cluster:
+            speed = measure_speed(self._encoder, self.spec, self._encoder.device)
         measured = time.monotonic()
         if always_measure or not few:
             urls = PROBED if always_measure else plan.downloads // URLS_A_PROBE
             self._found = self._probe(plan, urls)
         # Of a job that does not measure or probe for itself, this is no part.
         spent_s += (not small) * (measured - start) + (not few) * (time.monotonic() - measured)
+        if speed is None:
+            return None
         return estimate(
             plan,
             self.spec,
@@ -264,7 +265,7 @@ class Job:
 
     def run(
         self,
-        layout: WorkerLayout,
+        layout: WorkerLayout | NodeLayouts,
         token: str,
         interrupts: Interrupts,
         *,
@@ -274,7 +275,7 @@ class Job:
         """Encode what is to do.
 
         Args:
-            layout: the workers.
+            layout: the workers, of this machine or of the cluster that this process is connected to.
             token: of the driver's lock.
             interrupts: says when to stop.
             timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
@@ -284,55 +285,73 @@ class Job:
             UserError, CacheError: the job cannot go on. All encoded rows are committed.
         """
         self._config = replace(
-            self._config,
-            space=self.paths.root,
-            token=token,
-            threads=layout.threads,
-            torch_threads=layout.torch_threads,
-            decode_apart=layout.decode_apart,
-            timeout_s=timeout_s,
-            download=share(self._config.download, max(1, layout.workers)),
+            self._config, space=self.paths.root, token=token, timeout_s=timeout_s
         )
         try:
             part = self._counter.part
             what = f"encode part {part.number + 1}/{part.parts}" if part.parts > 1 else "encode"
             progress = Progress(self._tracker, what=what, on_progress=on_progress)
             with progress as self._progress:
-                if layout.workers == 0:
-                    self._run_inline(interrupts)
+                if isinstance(layout, NodeLayouts):
+                    self._run_ray(layout, interrupts, timeout_s, folders=self._shared_folders())
+                elif layout.workers == 0:
+                    self._run_inline(layout, interrupts)
                 else:
-                    self._run_ray(layout, interrupts, timeout_s)
+                    from encode.driver.ray_pool import session
+
+                    with session(layout.workers, layout.workers * layout.gpus):
+                        self._run_ray(OneMachine(layout), interrupts, timeout_s)
         finally:
             self._ledger.flush()
             self._grow()
         if not interrupts.stopping():
             assert self._tracker.finished(), "a source is not settled"
 
-    def _run_inline(self, interrupts: Interrupts) -> None:
+    def _run_inline(self, layout: WorkerLayout, interrupts: Interrupts) -> None:
         numbers = {array: self._space.next_shard(array) for array in ARRAYS}
         registrar = Registrar(self._present.images, numbers, self._update)
-        worker = self._worker_class(self._config, self._encoder, registrar, number=0)
+        config = layout.apply(self._config)
+        worker = self._worker_class(config, self._encoder, registrar, number=0)
         with contextlib.closing(worker):
             run_inline(self._tracker, worker, registrar, interrupts.stopping)
 
-    def _run_ray(self, layout: WorkerLayout, interrupts: Interrupts, timeout_s: float) -> None:
+    def _run_ray(
+        self,
+        layouts: Layouts,
+        interrupts: Interrupts,
+        timeout_s: float,
+        *,
+        folders: Sequence[Path] | None = None,
+    ) -> None:
         # Imported here, since importing Ray takes a second.
-        from encode.driver import ray_pool
+        from encode.driver.pool import WorkerPool
+        from encode.driver.ray_pool import RayBackend
 
-        del self._encoder  # each worker loads its own
+        if hasattr(self, "_encoder"):  # each worker loads its own, in later parts of the job too
+            del self._encoder
         gc.collect()
         torch.cuda.empty_cache()  # does nothing if CUDA was not used
-        with ray_pool.session(layout.workers, layout.workers * layout.gpus):
-            interrupts.install()
-            workers = ray_pool.RayPool(
-                self._tracker,
-                self._space,
-                self._config,
-                layout,
-                timeout_s=timeout_s,
-                worker_class=self._worker_class,
-            )
-            workers.run(interrupts.stopping, self._update, self._progress.update_nodes)
+        interrupts.install()
+        pool = WorkerPool(
+            self._tracker,
+            self._space,
+            self._config,
+            layouts,
+            RayBackend(self.paths),
+            timeout_s=timeout_s,
+            worker_class=self._worker_class,
+            folders=folders,
+        )
+        pool.run(interrupts.stopping, self._update, self._progress.update_nodes)
+
+    def _shared_folders(self) -> list[Path]:
+        """Return the folders that all nodes of a cluster must share."""
+        remove_stale(self.paths.locks_dir)
+        folders = [self.paths.locks_dir]
+        if (store := self._config.media_store) is not None:
+            store.mkdir(parents=True, exist_ok=True)
+            folders.append(store)
+        return folders
 
     def _update(self, timings: Timings) -> None:
         self._timings = timings

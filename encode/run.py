@@ -11,6 +11,7 @@ python -m encode.run --dataset pixmo-cap --sample 1000        # 1,000 samples, s
 python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
 python -m encode.run --dataset folder:photos --block 19 --tail      # the last blocks are trained later
 python -m encode.run --dataset folder:photos demo --plan      # print what it would cost, and stop
+python -m encode.run --dataset folder:photos --ray-address auto     # on all nodes of a Ray cluster
 python -m encode.run --check 50                               # encode 50 media again, compare with the stored
 python -m encode.run --list                                   # data sets by name, with their sizes
 
@@ -22,13 +23,15 @@ encoded is kept.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import configs
 from cache.errors import CacheError
@@ -40,11 +43,15 @@ from cache.store.paths import CacheRoot
 from configs.command_line import CommandLine
 from encode.datasets import Reading, listing, parts, read_datasets
 from encode.download.config import DownloadConfig
+from encode.driver.cluster import LOCAL, cluster_address
 from encode.driver.progress import OnProgress
 from encode.fetch_only import fetch_only
 from encode.sources.catalogue import Dataset, choose, open_datasets
 from encode.worker.config import WorkerConfig, spin_briefly
 from model.vision.config import encoder_config
+
+if TYPE_CHECKING:
+    from encode.driver.nodes import NodeLayouts
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
 STOPPING = "stopping: what is encoded is committed first; Ctrl-C again ends at once\n"
@@ -134,8 +141,11 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     workers: int | Literal["auto"] = "auto"
-    """Worker processes; 0: encode in this process, without Ray. auto: one for each GPU; on a CPU, 0 for jobs
-    under 2 minutes, else one for 8 cores."""
+    """Worker processes, on a cluster of all nodes; 0: encode in this process, without Ray. auto: one for each
+    GPU; on CPUs one for 8 cores, but on one machine 0 for jobs under 2 minutes."""
+    ray_address: str | None = None
+    """Ray cluster to encode on: HOST:PORT, auto (this machine is a node of it) or local (none).
+    Default: RAY_ADDRESS, which `ray job submit` sets, else local."""
     threads: int | None = None
     """Reading threads of each worker, and as many that decode (processes, in jobs of over 10 seconds).
     Default: by the number of cores."""
@@ -168,6 +178,12 @@ class Options:
             raise ValueError(
                 "--fetch-only stores what it downloads: give the folder with --keep-media DIR"
             )
+        if self.ray_address not in (None, LOCAL) and (
+            self.workers == 0 or self.check or self.fetch_only
+        ):
+            raise ValueError(
+                "--ray-address: --workers 0, --check and --fetch-only work on this machine alone"
+            )
         if not self.dataset and not self.list and not self.check:
             raise ValueError("name at least one data set: --dataset NAME or --dataset folder:PATH")
 
@@ -190,7 +206,8 @@ def main(argv: list[str] | None = None, *, on_progress: OnProgress | None = None
     try:
         root = CacheRoot(options.features.expanduser().absolute())
         words = sys.argv[1:] if argv is None else argv
-        return encode(root, options, start, words, on_progress=on_progress)
+        with contextlib.ExitStack() as stack:  # of the connection to a cluster, if there is one
+            return encode(root, options, start, words, stack, on_progress=on_progress)
     except OSError as error:
         raise disk_full(error, options.features) or error from None
 
@@ -200,6 +217,7 @@ def encode(
     options: Options,
     start: float,
     words: Sequence[str],
+    stack: contextlib.ExitStack,
     *,
     on_progress: OnProgress | None = None,
 ) -> int:
@@ -210,6 +228,7 @@ def encode(
         options: of the command.
         start: time of the start, `time.monotonic()`.
         words: the command line, after the program's name.
+        stack: closed after the job.
         on_progress: gets the progress, which is printed otherwise.
     """
     command = CommandLine("python -m encode.run", tuple(words))
@@ -220,6 +239,7 @@ def encode(
     config = worker_config(options)
     if options.check is not None:
         return check(root, options, config, datasets)
+    nodes, config = stack.enter_context(cluster(options, config))
     reading = how_to_read(options, command)
     choices = {choice.name: choice for choice in choose(options.dataset)}
     counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
@@ -246,7 +266,14 @@ def encode(
     from encode.driver.resources import choose_layout
     from encode.job import Job
 
-    job = Job(root, counter, codec=options.codec, container=options.format, config=config)
+    job = Job(
+        root,
+        counter,
+        codec=options.codec,
+        container=options.format,
+        config=config,
+        on_cluster=nodes is not None,
+    )
     repeat = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     show = partial(job.show, command=command, workers=options.workers, datasets=len(datasets))
     if options.plan:
@@ -260,7 +287,7 @@ def encode(
             seconds = show(plan, spent_s=time.monotonic() - start)
             job.open_space(plan)
             if plan.todo:
-                layout = choose_layout(
+                layout = nodes or choose_layout(
                     options.workers,
                     options.threads,
                     device=options.device,
@@ -281,6 +308,40 @@ def encode(
         sized = [dataset for dataset in datasets if dataset.needs_sizes]
         read_datasets(root, sized, choices, reading, quiet=True)
         return job.close(time.monotonic() - start, interrupts, again=command.text())
+
+
+@contextlib.contextmanager
+def cluster(
+    options: Options, config: WorkerConfig
+) -> Iterator[tuple[NodeLayouts | None, WorkerConfig]]:
+    """Connect to the cluster that the options or RAY_ADDRESS name, if any.
+
+    Yields:
+        the workers of its nodes, or None without a cluster; and `config` with the device and the precision
+        of all workers, which this machine may not have.
+    """
+    here = options.workers == 0 or options.fetch_only
+    address = None if here else cluster_address(options.ray_address, os.environ)
+    if address is None:
+        yield None, config
+        return
+    import torch
+
+    from encode.driver import ray_pool
+    from encode.driver.nodes import NodeLayouts, use_gpus
+    from model.io.device import native_dtype
+
+    with ray_pool.cluster_session(address):
+        nodes = list(ray_pool.nodes().values())
+        gpus = use_gpus(nodes, options.device)
+        layouts = NodeLayouts(options.workers, options.threads, gpus)
+        layouts.check(nodes)
+        print(layouts.describe(nodes), flush=True)
+        device, encoder = "cuda" if gpus else "cpu", config.encoder
+        if encoder.compute_dtype == "auto":
+            native: Any = str(native_dtype(torch.device(device))).removeprefix("torch.")
+            encoder = replace(encoder, compute_dtype=native)
+        yield layouts, replace(config, device=device, encoder=encoder)
 
 
 def how_to_read(options: Options, command: CommandLine) -> Reading:

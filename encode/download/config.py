@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +53,12 @@ class DownloadConfig:
             raise ValueError(
                 f"budget_bytes is {self.budget_bytes}, must hold one body of max_bytes {self.max_bytes}"
             )
+
+    def share(self, workers: int) -> DownloadConfig:
+        """Return the limits of one of `workers` workers that share these."""
+        return replace(
+            self,
+            connections=max(1, self.connections // workers),
+            per_host=max(1, self.per_host // workers),
+            budget_bytes=max(self.max_bytes, self.budget_bytes // workers),
+        )

@@ -3,14 +3,14 @@
     in      the plan's tasks (encode.plan), a WorkerConfig (encode.worker.config)
     out     one ledger record for each source, and one exit code
 
-    tracker.py      assigns sources to workers and collects their outcomes; writes the ledger; stops the job
-                    when too many failures are our own
-    inline.py       runs one worker in this process
-    ray_pool.py     runs workers as Ray actors, and replaces those that crash or hang
-    ray_session.py  the folder and the token of a Ray that nobody else can reach
-    culprits.py     decides which file crashed or hung a worker
-    resources.py    chooses the number of workers, and measures the encoder
-    progress.py     prints the progress and the last lines
+    tracker, culprits   which worker has which source; which file crashed or hung a worker
+    inline              runs one worker in this process
+    pool, slots         run workers on nodes, replace those that crash, hang or leave
+    ray_pool            the only file that imports Ray; ray_session: a Ray that nobody else can reach
+    cluster, nodes      which nodes of a cluster may have workers, and how many
+    unread              sources that one node could not read
+    resources           the workers of one machine and their threads; measures the encoder
+    progress            prints the progress and the last lines
 
-Read tracker.py first, then inline.py. `encode.job` puts them together.
+Read tracker.py first, then inline.py and pool.py. `encode.job` puts them together.
 """

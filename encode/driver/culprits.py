@@ -7,12 +7,14 @@ another cause: the out-of-memory killer, an operator), or hangs once.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from configs import UserError
 from encode.download.urls import is_url
+from encode.worker.decode_log import DecodeEntry
 from encode.worker.local_files import read_local, unreadable
 from encode.worker.messages import Outcome, SourceTask
 from model.media.images import BadMediaError, Failure
@@ -22,6 +24,26 @@ CRASHES_ALONE = 2
 
 CRASHES_WITHOUT_PROGRESS = 6
 """Crashes in a row without a finished source, before the job stops: then no single file is the cause."""
+
+
+class HangWatch:
+    """Finds decodes without progress. It measures with one clock, since those of workers may differ."""
+
+    def __init__(self, timeout_s: float):
+        """Find what makes no progress for `timeout_s` seconds."""
+        self._timeout_s = timeout_s
+        self._since: dict[int, dict[tuple[str, float], float]] = {}  # worker -> entry -> first seen
+
+    def hanging(self, worker: int, entries: Sequence[DecodeEntry]) -> list[DecodeEntry]:
+        """Return which of the entries in a worker's log have not changed for too long."""
+        now, before = time.monotonic(), self._since.get(worker, {})
+        seen = {(e.source, e.since): before.get((e.source, e.since), now) for e in entries}
+        self._since[worker] = seen
+        return [e for e in entries if now - seen[e.source, e.since] > self._timeout_s]
+
+    def forget(self, worker: int) -> None:
+        """Forget a worker that has ended."""
+        self._since.pop(worker, None)
 
 
 class Culprits:

@@ -1,65 +1,50 @@
 """Run workers as Ray actors. No other file of the project imports Ray.
 
-Each GPU has one actor with an `encode.worker.worker.Worker`; a CPU may have several. One more actor is the
-Registrar. Tasks and outcomes are sent through Ray, features never are. An actor that crashes or hangs is
-replaced: what it has committed counts, its other sources are assigned again, and the files it was decoding
-are retried alone first.
+    session(cpus=3, gpus=0)            a Ray of this machine alone (encode.driver.ray_session)
+    cluster_session("10.0.0.1:6379")   a Ray that is running, with all its nodes (encode.driver.cluster)
+    RayBackend(paths)                  actors on its nodes, for encode.driver.pool
+
+Each actor has a `encode.worker.worker.Worker`. One more actor, on the driver's node, is the Registrar. Tasks
+and outcomes are sent through Ray, features never are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cache.errors import CacheError
-from cache.format.spec import ARRAY_OF, ARRAYS
-from cache.store.locks import wait_for_exit
+from cache.format.spec import ARRAYS
 from cache.store.paths import SpacePaths
 from cache.store.space import Present, Space
 from configs import UserError, one_line
-from encode.driver.culprits import Culprits, rejection
-from encode.driver.progress import NodeProgress
+from encode.driver import cluster
+from encode.driver.cluster import Proof, check_answers, connection_error, look
 from encode.driver.ray_session import LOOPBACK, private_folder, ray_environment
-from encode.driver.tracker import Tracker
-from encode.errors import TooManyFailuresError
+from encode.errors import WorkerLostError
 from encode.worker.config import WorkerConfig
-from encode.worker.decode_log import decode_log_file, read_entries
-from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, media_id
+from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
 
 if TYPE_CHECKING:
     # The registrar's process imports this file, and needs no torch: 2 s and 470 MB less.
-    from encode.driver.resources import WorkerLayout
+    from encode.driver.nodes import Node
     from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5
-"""Seconds between two looks for hung workers and for a stop."""
-
-IN_FLIGHT = 2
-"""Calls queued at an actor, so that it has the next one when it finishes the first."""
-
-TASK_SOURCES = 32
-"""Sources in one call, at most. Small jobs use fewer, so that all actors finish at about the same time."""
-
-GONE_S = 60.0
-"""Seconds that a killed worker may take to release its lock."""
-
-STOP_S = 120.0
-"""Seconds that all workers together may take to commit what they have encoded, when the job stops."""
-
 CLOSE_S = 5.0
 """Seconds that all workers together may take to end their threads, before they are killed."""
+
+PARENT_S = 2.0
+"""Seconds between two looks of a worker at whether the Ray of its node is there."""
 
 OBJECT_STORE_BYTES = 96 << 20
 """Ray requires 75 MiB. It holds only tasks and outcomes."""
@@ -74,6 +59,7 @@ class RemoteWorker:
         self, config: WorkerConfig, number: int, registrar: Any, worker_class: type[Worker]
     ) -> None:
         """Load the encoder and take the lease."""
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         coordinator = _RemoteCoordinator(registrar)
         self._worker = worker_class(config, config.load(), coordinator, number=number)
 
@@ -88,6 +74,17 @@ class RemoteWorker:
     def close(self) -> None:
         """End the worker's threads and release its lease."""
         self._worker.close()
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent, the Ray of its node, has ended: nobody else would, seen in Ray 2.60.
+
+    A node that was frozen or cut off finds that the cluster goes on without it, and ends. Its workers do not
+    always: they would keep their memory and their GPU.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_S)
+    os._exit(1)
 
 
 class SpaceRegistrar(Registrar):
@@ -114,21 +111,6 @@ class _RemoteCoordinator:
         return ray.get(self._actor.report.remote(worker, timings))
 
 
-@dataclass(kw_only=True)
-class _Slot:
-    """One actor and its work."""
-
-    number: int
-    """Number of its worker."""
-    actor: Any
-    calls: list[Any] = field(default_factory=list)
-    """Its unfinished calls, in order."""
-    to_retry: deque[SourceTask] = field(default_factory=deque)
-    """Files that may have crashed a worker, for this one to retry alone."""
-    alone: SourceTask | None = None
-    """The file it is retrying alone."""
-
-
 @contextlib.contextmanager
 def session(cpus: int, gpus: int) -> Iterator[None]:
     """Start a Ray of this process alone, and end it afterwards. If Ray is running already, use it.
@@ -142,8 +124,6 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
         yield
         return
     _check_ray()
-    if os.environ.get("RAY_ADDRESS"):
-        log.warning("RAY_ADDRESS is not used: the job runs on this machine alone")
     with contextlib.ExitStack() as stack:
         stack.callback(_read_environment)  # for a Ray that this process may start later
         folder = stack.enter_context(private_folder())
@@ -164,11 +144,52 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
                 )
             if context.address_info["node_ip_address"] != LOOPBACK:
                 raise _unknown_ray()
-            # We report dead workers ourselves; Ray would print a paragraph about each to stdout.
-            ray._private.worker._worker_logs_enabled = False
+            _be_quiet()
             yield
         finally:
             ray.shutdown(wait_for_processes=True)
+
+
+@contextlib.contextmanager
+def cluster_session(address: str) -> Iterator[None]:
+    """Connect to a cluster, and disconnect afterwards. If this process is connected already, use that.
+
+    Args:
+        address: `host:port` or `auto`, as `cluster_address` returns it.
+
+    Raises:
+        UserError: it cannot be reached, or has other versions of Ray or Python.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    check_answers(address)
+    # It would go before `auto`, and may be `local`, for which Ray starts a cluster open to everybody.
+    variable = os.environ.pop("RAY_ADDRESS", None)
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # Ray raises many types, Exception itself among them
+        raise connection_error(address, error) from error
+    finally:
+        if variable is not None:
+            os.environ["RAY_ADDRESS"] = variable
+    try:
+        _be_quiet()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> dict[str, Node]:
+    """Return id -> node of the Ray that this process is connected to, of those that are alive."""
+    from encode.driver.nodes import Node
+
+    return {entry["NodeID"]: Node.of(entry) for entry in ray.nodes() if entry["Alive"]}
+
+
+def _be_quiet() -> None:
+    # We report dead workers ourselves; Ray would print a paragraph about each to stdout.
+    ray._private.worker._worker_logs_enabled = False
 
 
 def _check_ray() -> None:
@@ -216,216 +237,116 @@ def _unknown_ray() -> UserError:
     )
 
 
-class RayPool:
-    """The actors of one job. Use it inside `session`."""
+class RayBackend:
+    """Actors on the nodes of Ray. Use it inside `session` or `cluster_session`."""
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        space: Space,
-        config: WorkerConfig,
-        layout: WorkerLayout,
-        *,
-        timeout_s: float,
-        worker_class: type[Worker],
-    ):
-        """Start the actors. They load their encoders in the background.
+    def __init__(self, paths: SpacePaths):
+        """Start the Registrar, on this machine, for the space at `paths`."""
+        self.home = ray.get_runtime_context().get_node_id()
+        self._registrar = (
+            ray.remote(SpaceRegistrar)
+            .options(num_cpus=0, scheduling_strategy=_on(self.home))
+            .remote(paths)
+        )
 
-        Args:
-            tracker: the job's sources.
-            space: the space to write to.
-            config: how a worker is made.
-            layout: the number of actors, and of the GPUs that each has to itself.
-            timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
-            worker_class: the class that runs in the actors.
-        """
-        self._tracker, self._space, self._config = tracker, space, config
-        self._gpus, self._timeout_s, self._worker_class = layout.gpus, timeout_s, worker_class
-        self._numbers = itertools.count(1)
-        self._culprits = Culprits()
-        self._task_sources = max(1, min(TASK_SOURCES, tracker.total // (8 * layout.workers)))
-        self._checked_s = 0.0
-        self._registrar = ray.remote(SpaceRegistrar).options(num_cpus=0).remote(space.paths)
-        self._slots = [self._new_slot() for _ in range(layout.workers)]
+    def nodes(self) -> Mapping[str, Node]:
+        """Return id -> node, of those that are alive."""
+        return nodes()
 
-    def run(
-        self,
-        stopping: Callable[[], bool],
-        progress: Callable[[Timings], None],
-        update_nodes: Callable[[Sequence[NodeProgress]], None] = lambda _: None,
-    ) -> None:
-        """Encode until every source is settled or `stopping` returns True. Commit all encoded rows.
-
-        Args:
-            stopping: whether to end early.
-            progress: called with the timings of all workers, every `POLL_S` seconds and at the end.
-            update_nodes: called before `progress`, with what each node has done.
-
-        Raises:
-            UserError: the job cannot go on. All encoded rows are committed.
-        """
+    def look(self, node: Node, proof: Proof) -> Any:
+        """Start `cluster.look` on a node; return the call."""
+        # By value: a node without our package answers too.
+        ray.cloudpickle.register_pickle_by_value(cluster)
         try:
-            while not self._tracker.finished() and not stopping():
-                for slot in self._slots:
-                    self._feed(slot)
-                self._collect(POLL_S)
-                if time.monotonic() - self._checked_s > POLL_S:
-                    self._checked_s = time.monotonic()
-                    self._replace_hung()
-                    timings = self.timings()
-                    update_nodes(self._nodes(timings))
-                    progress(timings)
-        except (UserError, CacheError):
-            with contextlib.suppress(UserError, CacheError):  # the first error is the cause
-                self._stop()
-            raise
-        else:
-            if not self._tracker.finished():
-                self._stop()
-            progress(self.timings())
+            task = ray.remote(look).options(
+                num_cpus=0, max_retries=0, scheduling_strategy=_on(node.id)
+            )
+            return task.remote(proof.nonces, proof.packages)
         finally:
-            self._end()
+            ray.cloudpickle.unregister_pickle_by_value(cluster)
 
-    def timings(self) -> Timings:
-        """Return the timings of all workers together."""
-        return self._ask(self._registrar.timings.remote())
+    def ping(self, node: Node) -> Any:
+        """Start a task on a node that does nothing; return the call."""
+        task = ray.remote(_nothing).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=_on(node.id)
+        )
+        return task.remote()
 
-    def _nodes(self, timings: Timings) -> list[NodeProgress]:
-        """Return what each node has done: this machine is the only one."""
-        return [NodeProgress(address=LOOPBACK, workers=len(self._slots), done=timings.media)]
-
-    # ---- actors and their calls
-
-    def _new_slot(self) -> _Slot:
-        number = next(self._numbers)
+    def start(
+        self, node: Node, gpus: int, config: WorkerConfig, number: int, worker_class: type[Worker]
+    ) -> tuple[Any, Any]:
+        """Start a worker on a node; return its actor, and the call that ends when the worker is ready."""
         actor = (
             ray.remote(RemoteWorker)
-            .options(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)
+            .options(
+                num_cpus=1,
+                num_gpus=gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=_on(node.id),
+            )
             .remote()
         )
-        start = actor.start.remote(self._config, number, self._registrar, self._worker_class)
-        return _Slot(number=number, actor=actor, calls=[start])
+        return actor, actor.start.remote(config, number, self._registrar, worker_class)
 
-    def _feed(self, slot: _Slot) -> None:
-        """Keep an actor busy. One with files to retry alone does these first, one at a time."""
-        if slot.to_retry or slot.alone:
-            if slot.calls or self._tracker.num_assigned(slot.number):
-                return
-            slot.alone = slot.to_retry.popleft() if slot.to_retry else None
-            if slot.alone is not None:
-                self._tracker.assign(slot.number, [slot.alone])
-                slot.calls += [slot.actor.run.remote([slot.alone]), slot.actor.flush.remote()]
-                return
-        while len(slot.calls) < IN_FLIGHT:
-            tasks = self._tracker.assign_next(slot.number, self._task_sources)
-            if not tasks:
-                break
-            slot.calls.append(slot.actor.run.remote(tasks))
-        if not slot.calls and self._tracker.num_assigned(slot.number):
-            slot.calls.append(slot.actor.flush.remote())
+    def call(self, actor: Any, method: str, *values: Any) -> Any:
+        """Start a method of a worker; return the call."""
+        return getattr(actor, method).remote(*values)
 
-    def _collect(self, timeout_s: float) -> None:
-        """Settle the finished calls, and replace actors that have died."""
-        calls = [call for slot in self._slots for call in slot.calls]
-        assert calls, "sources are left, and no actor has a call"
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> Collection[Any]:
+        """Return the calls that have ended, after the first one has or `timeout_s` is over."""
         ray.wait(calls, num_returns=1, timeout=timeout_s)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        for slot in list(self._slots):
-            while slot.calls and slot.calls[0] in ready:
-                call = slot.calls.pop(0)
-                try:
-                    outcomes = ray.get(call)
-                except RayTaskError as error:
-                    self._raise(error)
-                except RayError as error:
-                    self._replace(slot, str(error).split("\n")[0], hung=False)
-                    break
-                else:
-                    self._tracker.settle(slot.number, outcomes or [])
+        return set(ready)
 
-    def _raise(self, error: RayTaskError) -> None:
-        """Raise an exception of the worker's own code, as inline. It ends the job."""
-        if isinstance(error.cause, RayError):
-            self.timings()  # raises a better message if the registrar's process is gone
-        if isinstance(error.cause, Exception):
-            raise error.cause
-        raise error
+    def result(self, call: Any, timeout_s: float | None = None) -> Any:
+        """Return the result of a call.
 
-    def _ask(self, call: Any) -> Any:
+        Raises:
+            WorkerLostError: the process or its node is gone, or the time is over.
+            Exception: what the method has raised.
+        """
         try:
-            return ray.get(call)
+            return ray.get(call, timeout=timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, RayError):
+                self.ask("timings")  # raises a better message if the registrar's process is gone
+                raise WorkerLostError(one_line(error.cause)) from None
+            if isinstance(error.cause, Exception):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise WorkerLostError(str(error).split("\n")[0]) from None
+
+    def ask(self, method: str, *values: Any) -> Any:
+        """Call a method of the Registrar.
+
+        Raises:
+            UserError: its process is gone.
+        """
+        try:
+            return ray.get(getattr(self._registrar, method).remote(*values))
         except RayActorError as error:
             raise UserError(
                 f"the process that coordinates the workers has died ({str(error).splitlines()[0]}); "
                 "everything committed is kept: run the same command again"
             ) from None
 
-    # ---- actors that crash or hang
+    def kill(self, actor: Any) -> None:
+        """End the process of an actor, if it can be reached."""
+        ray.kill(actor)
 
-    def _replace_hung(self) -> None:
-        paths = self._space.paths
-        for slot in list(self._slots):
-            entries = read_entries(decode_log_file(paths, slot.number), paths.cache_root)
-            if any(entry.age_s > self._timeout_s for entry in entries):
-                self._replace(slot, f"no progress for {self._timeout_s:.0f} s", hung=True)
-
-    def _replace(self, slot: _Slot, why: str, *, hung: bool) -> None:
-        """Kill a worker, take its unsettled sources back, and start another one in its place."""
-        paths, tracker = self._space.paths, self._tracker
-        ray.kill(slot.actor)
-        if not wait_for_exit(paths, str(slot.number), GONE_S):
-            raise UserError(
-                f"worker {slot.number} still runs {GONE_S:.0f} s after it was killed; everything committed "
-                "is kept: end its process and run the same command again"
-            )
-        entries = read_entries(decode_log_file(paths, slot.number), paths.cache_root)
-        if hung:
-            entries = [entry for entry in entries if entry.age_s > self._timeout_s]
-        decoding = tracker.withdraw(slot.number, [entry.source for entry in entries])
-        committed = self._committed_by(slot.number)
-        released = self._ask(self._registrar.release.remote(slot.number, committed))
-        # Duplicates of the files that are retried alone must wait until these are settled.
-        withdrawn = {media_id(kind, entry.key) for entry in entries for kind in ARRAY_OF}
-        tracker.worker_died(slot.number, committed, set(released) - withdrawn)
-        log.warning(
-            "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in decoding)
-        )
-        rejected, retried = self._culprits.judge(decoding, slot.alone, hung=hung)
-        keys = {entry.source: entry.key for entry in entries}
-        for task in rejected:
-            tracker.fail(rejection(task, keys[task.source], hung=hung))
-        new = self._new_slot()
-        new.to_retry.extend([*retried, *slot.to_retry])
-        self._slots[self._slots.index(slot)] = new
-        self._culprits.count_crash(tracker.settled, why)
-
-    def _committed_by(self, number: int) -> set[str]:
-        shards = self._ask(self._registrar.shards.remote(number))
-        # Images only: a video may lack some rows, and the next worker that has it encodes just these.
-        images = [shard for array, shard in shards if array == ARRAY_OF["image"]]
-        return {key for shard in images for key, _ in self._space.shard_keys("image", shard)}
-
-    def _end(self) -> None:
-        """End the process of every actor."""
-        closing = [slot.actor.close.remote() for slot in self._slots if not slot.calls]
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S) if closing else None
-        for actor in (*(slot.actor for slot in self._slots), self._registrar):
+    def end(self, actors: Sequence[Any], closing: Sequence[Any]) -> None:
+        """Wait a little for the calls in `closing`, then end all actors and the Registrar."""
+        if closing:
+            ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_S)
+        for actor in (*actors, self._registrar):
             ray.kill(actor)
 
-    def _stop(self) -> None:
-        """Let every worker commit what it has encoded, and settle its outcomes."""
-        self._ask(self._registrar.stop.remote())
-        for slot in self._slots:
-            slot.calls.append(slot.actor.flush.remote())
-        deadline = time.monotonic() + STOP_S
-        for slot in self._slots:
-            # A worker that died, failed or is too slow: the next job finds its commits.
-            with contextlib.suppress(RayError):
-                while slot.calls:
-                    left_s = max(0.0, deadline - time.monotonic())
-                    outcomes = ray.get(slot.calls[0], timeout=left_s)
-                    del slot.calls[0]
-                    with contextlib.suppress(
-                        TooManyFailuresError
-                    ):  # raised after everything is recorded
-                        self._tracker.settle(slot.number, outcomes or [])
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def _nothing() -> None:
+    """A task that only shows that its node runs tasks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError
 from configs.hardware import cores
 from encode.plan.estimate import Speed
+from encode.worker.config import WorkerConfig
 from model.vision.encoder import VisionEncoder
 from model.vision.pipeline import Pipeline
 
@@ -50,6 +51,15 @@ class WorkerLayout:
     """Threads of one forward pass on the CPU."""
     decode_apart: bool = False
     """Whether each decoding thread lets a process of its own decode."""
+
+    def apply(self, config: WorkerConfig) -> WorkerConfig:
+        """Return `config` for one of these workers."""
+        return replace(
+            config,
+            threads=self.threads,
+            torch_threads=self.torch_threads,
+            decode_apart=self.decode_apart,
+        )
 
 
 def gpus(device: str) -> int:

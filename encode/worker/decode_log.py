@@ -39,12 +39,7 @@ class DecodeEntry:
     key: str
     """Its sha256."""
     since: float
-    """Time of its start or of its last progress, seconds since the epoch."""
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since its start or last progress."""
-        return time.time() - self.since
+    """Time of its start or of its last progress, seconds since the epoch by the worker's own clock."""
 
 
 def decode_log_file(paths: SpacePaths, worker: int) -> Path:

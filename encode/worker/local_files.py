@@ -44,6 +44,7 @@ TRIES = 3
 
 
 NO_FILE = "no such file"
+CHANGES = "the file changes while it is read"
 
 
 class Identity(NamedTuple):
@@ -153,11 +154,8 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
                     record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
                     return data, trusted.stamp(record)
     except (OSError, ValueError) as error:
-        why = why_no_file(task.source)
-        if why == NO_FILE and not isinstance(error, FileNotFoundError):
-            why = getattr(error, "strerror", None) or str(error)
-        raise BadMediaError(why, "fetch") from error
-    raise BadMediaError("the file changes while it is read", "fetch")
+        raise _cannot_read(task, error) from error
+    raise BadMediaError(CHANGES, "fetch")
 
 
 def _read_inside(task: SourceTask) -> tuple[bytes, MediaRecord]:
@@ -178,7 +176,32 @@ def _read_inside(task: SourceTask) -> tuple[bytes, MediaRecord]:
             record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=len(data))
             trusted = before if wait_s >= 0 else before._replace(inode=0)
             return data, trusted.stamp(record)
-    raise BadMediaError("the file changes while it is read", "fetch")
+    raise BadMediaError(CHANGES, "fetch")
+
+
+def check_readable(task: SourceTask) -> None:
+    """Check that this machine can read a file, without reading all of it.
+
+    Raises:
+        BadMediaError: at stage fetch, as `read_local`.
+    """
+    if is_embedded(task.source):
+        _read_inside(task)
+        return
+    try:
+        fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with FileIO(fd, "rb") as file:
+            _regular(os.fstat(fd), MAX_VIDEO_BYTES if task.kind == "video" else MAX_BYTES)
+            file.read(1)
+    except (OSError, ValueError) as error:
+        raise _cannot_read(task, error) from error
+
+
+def _cannot_read(task: SourceTask, error: OSError | ValueError) -> BadMediaError:
+    why = why_no_file(task.source)
+    if why == NO_FILE and not isinstance(error, FileNotFoundError):
+        why = getattr(error, "strerror", None) or str(error)
+    return BadMediaError(why, "fetch")
 
 
 def check_unchanged(path: Path, record: MediaRecord) -> None:
@@ -189,7 +212,7 @@ def check_unchanged(path: Path, record: MediaRecord) -> None:
     """
     now = identify(str(path))
     if now is None or not now.matches(replace(record, inode=record.inode or now.inode)):
-        raise BadMediaError("the file changes while it is read", "fetch")
+        raise BadMediaError(CHANGES, "fetch")
 
 
 def unreadable(task: SourceTask) -> MediaRecord:

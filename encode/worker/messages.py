@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from cache.errors import StaleJobError
 from cache.store.ledger import MediaRecord
 from model.media.images import Failure
 
@@ -151,11 +152,19 @@ class Registrar:
         self._next_shard, self._on_report = dict(next_shard), on_report
         self._shards: dict[int, list[tuple[str, int]]] = {}
         self._timings: dict[int, Timings] = {}
+        self._heard_s: dict[int, float] = {}
+        self._gone: set[int] = set()
         self._first_s = self._last_s = 0.0
         self._running = True
 
     def reserve(self, worker: int, ids: Sequence[str]) -> list[bool]:
-        """Reserve media for this worker. False for those that are committed, or reserved already."""
+        """Reserve media for this worker. False for those that are committed, or reserved already.
+
+        Raises:
+            StaleJobError: the worker was released.
+        """
+        if worker in self._gone:
+            raise StaleJobError(f"worker {worker} was replaced by its driver")
         mine = self._reserved.setdefault(worker, set())
         granted = []
         for name in ids:
@@ -176,23 +185,36 @@ class Registrar:
         """Record a worker's timings. False: the job stops, so the worker must finish."""
         self._last_s = time.monotonic()
         self._first_s = self._first_s or self._last_s
-        self._timings[worker] = timings
+        self._timings[worker], self._heard_s[worker] = timings, self._last_s
         self._on_report(self.timings())
-        return self._running
+        return self._running and worker not in self._gone
 
     def shards(self, worker: int) -> list[tuple[str, int]]:
         """Return (array, number) of every shard given to this worker."""
         return self._shards.get(worker, [])
 
     def release(self, worker: int, committed: Collection[str]) -> list[str]:
-        """Release what a dead worker had reserved and not committed; return it."""
+        """Release what a dead worker had reserved and not committed; return it.
+
+        From now on the worker gets nothing: its process may run on where the driver cannot end it.
+        """
+        self._gone.add(worker)
         free = [name for name in self._reserved.pop(worker, ()) if name not in committed]
         self._taken.difference_update(free)
         return free
 
+    def silent_s(self) -> dict[int, float]:
+        """Return worker -> seconds since its last report."""
+        now = time.monotonic()
+        return {worker: now - heard_s for worker, heard_s in self._heard_s.items()}
+
     def stop(self) -> None:
         """Make every worker finish at its next report."""
         self._running = False
+
+    def by_worker(self) -> dict[int, Timings]:
+        """Return worker -> its timings, dead ones included."""
+        return self._timings
 
     def timings(self) -> Timings:
         """Return the timings of all workers together, dead ones included."""

@@ -36,6 +36,8 @@ def command_lines() -> list[tuple[str, str]]:
         for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.strip().removeprefix("$ ")
+                if line.startswith("ray job submit "):
+                    line = line.partition(" -- ")[2]
                 if line.startswith("python -m "):
                     found.append((page.name, shlex.join(shlex.split(line, comments=True))))
     return found
@@ -53,7 +55,13 @@ def test_every_command_in_the_documents_parses(page: str, line: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     pages = {page for page, _ in command_lines()}
-    assert {"README.md", "QUICKSTART.md", "TRAINING_PIPELINE.md", "FEATURE_CACHE.md"} <= pages
+    assert {
+        "README.md",
+        "QUICKSTART.md",
+        "TRAINING_PIPELINE.md",
+        "FEATURE_CACHE.md",
+        "CLUSTER.md",
+    } <= pages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -104,6 +112,7 @@ def quoted_messages() -> list[tuple[str, str]]:
     for page, heading in (
         ("QUICKSTART.md", "## Troubleshooting"),
         ("TRAINING_PIPELINE.md", "## When something is off"),
+        ("CLUSTER.md", "## When something is off"),
     ):
         table = (ROOT / "docs" / page).read_text().split(heading)[1]
         for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[1:]:

@@ -424,6 +424,18 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
     assert run(photos, "--dataset", f"twin=folder:{twin}") == 0
 
 
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--ray-address", "local"]])
+def test_a_cluster_in_the_environment_is_not_used_where_none_is_wanted(
+    photos: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
+    job = ["--dataset", f"folder:{photos}", "--encoder", "tiny", "--device", "cpu"]
+    job += ["--features", str(tmp_path / "cache")]
+    assert main([*job, *words]) == 0
+    with pytest.raises(UserError, match="no Ray cluster answers at localhost:1"):
+        main(job)
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -440,6 +452,16 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
         (["--dataset", "folder:/x", "--workers", "-1"], "--workers -1"),
         (["--dataset", "folder:/x", "--workers", "many"], "many"),
         (["--dataset", "folder:/x", "--codec", "int3"], "int3"),
+        (["--dataset", "folder:.", "--ray-address", "head"], "--ray-address head: give HOST:PORT"),
+        (
+            ["--dataset", "folder:.", "--ray-address", "localhost:1"],
+            "no Ray cluster answers at localhost:1",
+        ),
+        (
+            ["--dataset", "folder:.", "--ray-address", "auto", "--workers", "0"],
+            "this machine alone",
+        ),
+        (["--check", "1", "--ray-address", "auto"], "work on this machine alone"),
         (["--dataset", "folder:/x", "--timeout-s", "0"], "--timeout-s"),
         (["--dataset", "folder:/x", "--wrokers", "2"], "no option --wrokers; nearest: --workers"),
         (["--dataset", "folder:/nowhere"], "folder:/nowhere: no such folder"),

@@ -1,6 +1,7 @@
 """Run encode jobs in tests: tiny images, a tiny encoder, and one function for a whole job.
 
 python -m tests.support.encode_jobs FOLDER WORKERS     # a driver to be killed: FOLDER/images -> FOLDER/cache
+python -m tests.support.encode_jobs FOLDER 0 ADDRESS   # on all nodes of a Ray cluster
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import write_samples
 from cache.store.space import find_space
 from configs.signals import Interrupts
+from encode.driver.nodes import NodeLayouts
 from encode.driver.resources import WorkerLayout
 from encode.job import Job
 from encode.plan.media import MediaCounter
@@ -106,26 +108,36 @@ def encode(
     threads: int = 2,
     decode_apart: bool = False,
     interrupts: Interrupts | None = None,
+    nodes: NodeLayouts | None = None,
 ) -> Result:
-    """Run one job as `encode.run` does, with an encoder that is in no YAML file."""
+    """Run one job as `encode.run` does, with an encoder that is in no YAML file.
+
+    With `nodes`, the workers are on the nodes of the Ray that this process is connected to.
+    """
     cache = CacheRoot(root)
     counter = count(cache, specs)
     job = Job(
-        cache, counter, codec=codec, container=container, config=config, worker_class=worker_class
+        cache,
+        counter,
+        codec=codec,
+        container=container,
+        config=config,
+        worker_class=worker_class,
+        on_cluster=nodes is not None,
     )
     with DriverLock(job.paths, "test") as lock, interrupts or Interrupts() as interrupts:
         plan = job.plan(rehash=rehash)
         job.show(plan)
         job.open_space(plan)
         if plan.todo:
-            layout = WorkerLayout(
+            here = WorkerLayout(
                 workers=workers,
                 gpus=0,
                 threads=threads,
                 torch_threads=1,
                 decode_apart=decode_apart,
             )
-            job.run(layout, lock.token, interrupts, timeout_s=timeout_s)
+            job.run(nodes or here, lock.token, interrupts, timeout_s=timeout_s)
         code = job.close(1.0, interrupts)
     ledger = {Path(source).name: record for source, record in read_media(cache).items()}
     return Result(job=job, plan=plan, code=code, paths=job.paths, root=cache, ledger=ledger)
@@ -151,10 +163,11 @@ class SlowWorker(Worker):
         return super().prepare(image)
 
 
-def start(folder: Path, workers: int) -> subprocess.Popen[str]:
+def start(folder: Path, workers: int, address: str = "") -> subprocess.Popen[str]:
     """Start a driver in a process group of its own, and wait until it is ready."""
+    words = [str(folder), str(workers), *([address] if address else [])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.encode_jobs", str(folder), str(workers)],
+        [sys.executable, "-m", "tests.support.encode_jobs", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -186,13 +199,19 @@ def committed(folder: Path) -> int:
     return len(list((folder / "cache").glob("spaces/*/commits/*.parquet")))
 
 
-def main(folder: Path, workers: int) -> None:
+def main(folder: Path, workers: int, address: str = "") -> None:
     """Print `ready`, run a slow job over FOLDER/images, and exit with its code."""
     print("ready", flush=True)
     config = replace(CONFIG, torch_threads=1)
     job = partial(encode, folder / "cache", f"folder:{folder / 'images'}", config=config)
+    if address:
+        from encode.driver.ray_pool import cluster_session
+
+        with cluster_session(address):
+            layouts = NodeLayouts("auto", None, gpus=False, decode_apart=False)
+            sys.exit(job(nodes=layouts, worker_class=SlowWorker).code)
     sys.exit(job(workers=workers, worker_class=SlowWorker).code)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from encode.driver.culprits import Culprits, rejection
+from encode.driver.culprits import Culprits, HangWatch, rejection
+from encode.worker.decode_log import DecodeEntry
 from encode.worker.local_files import identify
 from encode.worker.messages import SourceTask
 from model.media.images import Failure
@@ -49,3 +50,22 @@ def test_a_rejection_is_valid_until_the_bytes_change(tmp_path: Path) -> None:
     assert hung.failure == Failure("decode", "hung its worker, also when decoded alone")
     linked = rejection(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
     assert linked.record.key == "ab" * 32
+
+
+def test_hanging_is_measured_by_this_machines_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("encode.driver.culprits.time.monotonic", lambda: clock[0])
+    watch = HangWatch(60.0)
+
+    def entry(source: str, since: float) -> DecodeEntry:
+        return DecodeEntry(source=source, key="ab", since=since)
+
+    a, b = entry("/a", 5.0), entry("/b", 9e9)  # clocks of other nodes may be years off
+    assert watch.hanging(1, [a, b]) == []
+    clock[0] += 59.0
+    assert watch.hanging(1, [a, b]) == []
+    clock[0] += 2.0
+    assert watch.hanging(1, [a, entry("/b", 9e9 + 1)]) == [a], "the other one has made progress"
+    assert watch.hanging(2, [a]) == [], "another worker decodes it"
+    watch.forget(1)
+    assert watch.hanging(1, [a]) == []

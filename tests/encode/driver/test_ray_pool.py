@@ -50,18 +50,16 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert (dict(os.environ), ray._private.services.resolve_ip_for_localhost) == before
 
 
-def test_a_cluster_is_not_left_out_in_silence(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def started(address: str, **_: object) -> SimpleNamespace:
-        assert address == "local"
-        return SimpleNamespace(address_info={"node_ip_address": "127.0.0.1"})
+def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str, **_: object) -> None:
+        assert (address, os.environ.get("RAY_ADDRESS")) == ("auto", None)
+        raise ConnectionError("Could not find any running Ray instance. Please\nspecify the one")
 
-    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
-    monkeypatch.setattr(ray, "init", started)
-    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
-    with ray_pool.session(cpus=1, gpus=0):
-        assert caplog.messages == ["RAY_ADDRESS is not used: the job runs on this machine alone"]
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(
+        UserError, match=r"^this machine is no node of the cluster at auto: first run"
+    ):
+        ray_pool.cluster_session("auto").__enter__()
 
 
 def test_another_address_than_loopback_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:

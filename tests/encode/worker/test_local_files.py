@@ -25,6 +25,7 @@ from encode.worker import local_files
 from encode.worker.local_files import (
     Identifier,
     Identity,
+    check_readable,
     identify,
     read_local,
     size_in_header,
@@ -203,3 +204,22 @@ def test_the_size_in_the_header_is_that_of_the_decoded_image(orientation: int, k
 
 def test_a_file_without_an_image_header_has_no_size() -> None:
     assert size_in_header(b"no image") == (0, 0)
+
+
+def test_a_file_is_readable_where_it_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    for wrong in (path, tmp_path):
+        with pytest.raises(BadMediaError) as reading:
+            read_local(task(wrong))
+        with pytest.raises(BadMediaError) as looking:
+            check_readable(task(wrong))
+        assert looking.value.failure == reading.value.failure
+        assert looking.value.failure.stage == "fetch"
+    path.write_bytes(b"")
+    check_readable(task(path))
+    pq.write_table(pa.table({"image": [b"abc"]}), tmp_path / "t.parquet")
+    inside = row_source("parquet", str(tmp_path / "t.parquet"), "image", 0)
+    check_readable(SourceTask(source=inside))
+    (tmp_path / "t.parquet").unlink()
+    with pytest.raises(BadMediaError):
+        check_readable(SourceTask(source=inside))

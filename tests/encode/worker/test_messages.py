@@ -7,6 +7,9 @@ registrar.next_shard(1, "image")        # 7
 
 from __future__ import annotations
 
+import pytest
+
+from cache.errors import StaleJobError
 from encode.worker.messages import Registrar, Timings
 
 
@@ -22,6 +25,20 @@ def test_each_media_item_and_each_shard_number_is_given_once() -> None:
     registrar.stop()
     assert not registrar.report(1, Timings(media=4))
     assert registrar.timings().media == 7
+
+
+def test_a_worker_that_was_released_gets_nothing() -> None:
+    """Its process may run on, on a node that cannot be reached. Nobody would encode what it reserves."""
+    registrar = Registrar([], {"image": 0})
+    assert registrar.reserve(1, ["a"]) == [True]
+    assert registrar.report(1, Timings(media=1))
+    assert set(registrar.silent_s()) == {1}
+    assert registrar.release(1, ()) == ["a"]
+    with pytest.raises(StaleJobError, match="worker 1 was replaced by its driver"):
+        registrar.reserve(1, ["b"])
+    assert not registrar.report(1, Timings(media=2))
+    assert registrar.reserve(2, ["a", "b"]) == [True, True]
+    assert registrar.by_worker() == {1: Timings(media=2)}
 
 
 def test_the_bound_is_the_slowest_stage() -> None:
