@@ -452,7 +452,10 @@ def test_a_cluster_in_the_environment_is_not_used_where_none_is_wanted(
         (["--dataset", "folder:/x", "--workers", "-1"], "--workers -1"),
         (["--dataset", "folder:/x", "--workers", "many"], "many"),
         (["--dataset", "folder:/x", "--codec", "int3"], "int3"),
-        (["--dataset", "folder:.", "--ray-address", "head"], "--ray-address head: give HOST:PORT"),
+        (
+            ["--dataset", "folder:.", "--encoder", "tiny", "--ray-address", "head"],
+            "--ray-address head: give HOST:PORT",
+        ),
         (
             ["--dataset", "folder:.", "--ray-address", "localhost:1"],
             "no Ray cluster answers at localhost:1",
