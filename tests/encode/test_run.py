@@ -457,7 +457,7 @@ def test_a_cluster_in_the_environment_is_not_used_where_none_is_wanted(
             "--ray-address head: give HOST:PORT",
         ),
         (
-            ["--dataset", "folder:.", "--ray-address", "localhost:1"],
+            ["--dataset", "folder:.", "--encoder", "tiny", "--ray-address", "localhost:1"],
             "no Ray cluster answers at localhost:1",
         ),
         (
