@@ -167,29 +167,48 @@ def _pad(
         square = Image.new("RGB", (side, side), (red, green, blue))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square, None
-    # The margin of the whole image, in pixels of the reduced one; it is pasted at the next whole pixel.
-    margin_x, margin_y = ((max(whole) - length) // 2 / by for length in whole)
-    at_x, at_y = math.ceil(margin_x), math.ceil(margin_y)
-    square = Image.new("RGB", (side + 2, side + 2), (red, green, blue))
-    square.paste(_faded(image, reduced.box, (red, green, blue)), (at_x, at_y))
-    left, top = at_x + reduced.box[0] - margin_x, at_y + reduced.box[1] - margin_y
-    exact = max(whole) / by
-    return square, (left, top, left + exact, top + exact)
+    # The margins of the whole image, in pixels of the reduced one, which is pasted at the next whole pixel.
+    before = [(max(whole) - length) // 2 for length in whole]
+    behind = [max(whole) - length - least for length, least in zip(whole, before, strict=True)]
+    at = [math.ceil(margin / by) for margin in before]
+    left, top = (
+        start + edge - margin / by
+        for start, edge, margin in zip(at, reduced.box[:2], before, strict=True)
+    )
+    right, bottom = left + max(whole) / by, top + max(whole) / by
+    # Where there is no margin nothing may follow: the resize would mix it into the edge of the image.
+    square = Image.new("RGB", (math.ceil(right), math.ceil(bottom)), (red, green, blue))
+    square.paste(_faded(image, reduced.box, before, behind, (red, green, blue)), (at[0], at[1]))
+    return square, (left, top, right, bottom)
 
 
-def _faded(image: Image.Image, box: Box, colour: tuple[int, int, int]) -> Image.Image:
-    """Return a reduced image whose outermost pixels take the colour around it, as far as they are outside."""
+def _faded(
+    image: Image.Image,
+    box: Box,
+    before: Sequence[int],
+    behind: Sequence[int],
+    colour: tuple[int, int, int],
+) -> Image.Image:
+    """Return a reduced image whose outermost pixels take the colour around it, as far as they are outside.
+
+    Args:
+        image: reduced.
+        box: its part that shows the whole image.
+        before: the margins left of it and above.
+        behind: the margins right of it and below.
+        colour: of the margins.
+    """
     width, height = image.size
     left, top, right, bottom = box
-    edges = {
-        (0, 0, 1, height): left,
-        (0, 0, width, 1): top,
-        (width - 1, 0, width, height): width - right,
-        (0, height - 1, width, height): height - bottom,
-    }
+    edges = (
+        ((0, 0, 1, height), left, before[0]),
+        ((0, 0, width, 1), top, before[1]),
+        ((width - 1, 0, width, height), width - right, behind[0]),
+        ((0, height - 1, width, height), height - bottom, behind[1]),
+    )
     image = image.copy()
-    for edge, outside in edges.items():
-        if outside:
+    for edge, outside, margin in edges:
+        if outside and margin:
             pixels = image.crop(edge)
             plain = Image.new("RGB", pixels.size, colour)
             image.paste(Image.blend(pixels, plain, outside), edge)
