@@ -2,6 +2,7 @@
 
     __main__.py       sizes, speeds and errors of the codecs
     activations.py    the features that they are measured on
+    reduced.py        what decoding JPEGs at a reduced scale changes, beside the codecs
     convert.py        rows a second of cache.convert
     paired.py         trainings on rows of each codec, compared: a command of its own
 

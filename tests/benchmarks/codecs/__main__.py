@@ -30,6 +30,7 @@ from tests.benchmarks.bench import Options, Requirements
 from tests.benchmarks.codecs import activations
 from tests.benchmarks.codecs.activations import Features
 from tests.benchmarks.codecs.convert import measure_conversion
+from tests.benchmarks.codecs.reduced import measure_reduced
 
 TOKENS, WIDTH = 576, 1024
 """Size of the row that is timed: ViT-L/14@336."""
@@ -377,6 +378,7 @@ def measure(_: Options, folder: Path, requirements: Requirements) -> None:
         rms = np.sqrt(np.square(x).mean())
         print(f"{kind}: {' x '.join(map(str, x.shape))}, rms {rms:.2f}, largest {largest:.1f}")
     tables(data, requirements)
+    measure_reduced(requirements)
     speed(requirements)
     measure_conversion(folder, 600, 3, requirements)
 

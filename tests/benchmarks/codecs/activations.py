@@ -16,6 +16,7 @@ No package has the weights of CLIP.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from configs import UserError
 from tests.support.photos import CAPTIONS, _original
 
 Features = npt.NDArray[np.float32]
+Tower = Callable[[Features], Features]
+"""A normalised image (side, side, 3) -> its features (256 tokens, width 384)."""
 
 VISION_SIDE = 224
 VISION_BLOCK = 11
@@ -40,6 +43,12 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 def vision() -> Features:
     """Return vision features, (images, 256 tokens, width 384)."""
+    tower = vision_tower()
+    return np.stack([tower(image) for image in _images()])
+
+
+def vision_tower() -> Tower:
+    """Return the tower that `vision` runs."""
     import onnx
     import onnxruntime
 
@@ -52,11 +61,13 @@ def vision() -> Features:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     inputs = session.get_inputs()[0].name
-    rows = [
-        session.run([output], {inputs: image.transpose(2, 0, 1)[None]})[0][0, 1:]  # without CLS
-        for image in _images()
-    ]
-    return np.stack(rows)
+
+    def run(image: Features) -> Features:
+        given = {inputs: image.transpose(2, 0, 1)[None]}
+        features: Features = session.run([output], given)[0][0, 1:]  # without CLS
+        return features
+
+    return run
 
 
 def language() -> Features:
@@ -80,14 +91,22 @@ def language() -> Features:
     return torch.stack(states).numpy()
 
 
+def photographs() -> list[Image.Image]:
+    """Return the photographs, RGB."""
+    names = [name for name in CAPTIONS if name not in GRAPHICS]
+    return [Image.open(_original(name)).convert("RGB") for name in names]
+
+
+def normalised(image: npt.NDArray[np.uint8]) -> Features:
+    """Return the tower's input of an image (side, side, 3)."""
+    return (image.astype(np.float32) / 255 - MEAN) / STD
+
+
 def _images() -> list[Features]:
     """Return photographs and crops of them, normalised, (side, side, 3) each."""
     rng = np.random.default_rng(0)
     made = []
-    for name in CAPTIONS:
-        if name in GRAPHICS:
-            continue
-        image = Image.open(_original(name)).convert("RGB")
+    for image in photographs():
         boxes = [(0, 0, *image.size)]
         half = min(image.size) // 2
         for _ in range(CROPS):
@@ -95,7 +114,7 @@ def _images() -> list[Features]:
             boxes.append((x, y, x + half, y + half))
         for box in boxes:
             small = image.crop(box).resize((VISION_SIDE, VISION_SIDE), Image.Resampling.BICUBIC)
-            made.append((np.asarray(small, np.float32) / 255 - MEAN) / STD)
+            made.append(normalised(np.asarray(small)))
     return made
 
 
