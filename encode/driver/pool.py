@@ -207,7 +207,9 @@ class WorkerPool:
         if self._suspects and not slot.to_retry:
             slot.to_retry.append(self._suspects.popleft())
         if slot.to_retry or slot.alone:
-            if slot.calls or self._tracker.num_assigned(slot.number):
+            if not slot.calls and self._tracker.num_assigned(slot.number):
+                self._call(slot, "flush")
+            if slot.calls:
                 return
             slot.alone = slot.to_retry.popleft() if slot.to_retry else None
             if slot.alone is not None:

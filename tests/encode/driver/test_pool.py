@@ -24,8 +24,10 @@ from configs import UserError
 from encode.driver import cluster, pool, ray_pool, unread
 from encode.driver.cluster import Proof
 from encode.driver.nodes import Node, NodeLayouts
+from encode.driver.slots import Slot
 from encode.errors import WorkerLostError
 from encode.worker.config import WorkerConfig
+from encode.worker.decode_log import DecodeEntry
 from encode.worker.messages import Outcome, Registrar, SourceTask
 from encode.worker.worker import Worker
 from model.media.images import Failure
@@ -53,6 +55,8 @@ class Machines:
         self.worked: dict[str, set[str]] = {}
         """Node -> sources that it was given."""
         self.workers: dict[int, tuple[str, Worker]] = {}
+        self.alone: list[bool] = []
+        """Of each source that another worker had: whether its worker had no other one."""
         self.frozen: list[Worker] = []
         self._numbers = itertools.count(1)
         self._queues: dict[int, list[tuple[int, Callable[[], object]]]] = {}
@@ -135,6 +139,7 @@ class Machines:
                 return getattr(worker, method)()
             (tasks,) = values
             self.worked.setdefault(where, set()).update(Path(t.source).name for t in tasks)
+            self.alone += [worker._under_way == 0 for task in tasks if task.reassigned]
             hides = self.hidden.get(where, lambda source: False)
             failed = [cannot_read(task) for task in tasks if hides(task.source)]
             return failed + worker.run([task for task in tasks if not hides(task.source)])
@@ -305,6 +310,20 @@ def test_a_process_that_crashes_is_replaced_on_its_node(
     assert_whole(run(), calm)
     assert "worker 2 on node 10.0.0.2 (host-b): The actor died" in caplog.text
     assert "worker 1 on node 10.0.0.1 (host-a): The actor died" in caplog.text
+
+
+def test_files_of_a_crashed_worker_are_retried_alone_by_busy_workers(
+    machines: Machines, run: Run, calm: Result, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [DecodeEntry(source=str(path), key="ab" * 32, since=1.0) for path in photos.iterdir()]
+
+    def entries(slot: Slot, space: object) -> list[DecodeEntry]:
+        return files if slot.number == 2 else []
+
+    monkeypatch.setattr(Slot, "entries", entries)
+    machines.steps[5] = lambda: machines.crash("b")
+    assert_whole(run(), calm)
+    assert machines.alone and all(machines.alone)
 
 
 def test_workers_that_end_before_they_are_ready_leave_their_node_out(
