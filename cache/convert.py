@@ -10,7 +10,7 @@ packed. Sources that have lost more than that are refused: rows of a lossy codec
 pooled. Only rows that the new space lacks are converted, so run the command again after the source has grown,
 or after it was interrupted. Damaged rows of the source are reported and skipped; the exit status is then 1.
 
-Every core has a process that converts, of about 100 MB; the files do not depend on their number. Ctrl-C
+Every core has a process that converts, of about 60 MB; the files do not depend on their number. Ctrl-C
 commits what is converted, and stops.
 """
 
