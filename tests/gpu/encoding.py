@@ -70,6 +70,7 @@ def check_tower(lines: Lines, scale: Scale) -> None:
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = encoder.normalize(pixels[:1].repeat(encoder.spec("fp16").batch_size, axis=0))
         plain = torch.cat([b.float() for b in encoder.tower(x.to(encoder.dtype))], dim=-1)
+    lines.equal("encode: attention is computed in one kernel", is_fused(encoder), True)
     repeated = encoder.encode(pixels[:1].repeat(len(plain), axis=0))
     lines.at_most("encode: replayed or not: rows that differ", unequal_rows(repeated, plain), 0)
     alone = torch.cat([encoder.encode(pixels[i : i + 1]) for i in range(len(pixels))])
@@ -77,6 +78,16 @@ def check_tower(lines: Lines, scale: Scale) -> None:
     pooled = encoder.encode(pixels, "frame")
     by_cpu, _ = _pool(ours.cpu(), encoder.spec("fp16").pool("frame"))
     lines.at_most("encode: pooled here or later: rows that differ", unequal_rows(pooled, by_cpu), 0)
+
+
+def is_fused(encoder: VisionEncoder) -> bool:
+    """Return whether torch computes attention by one of its fused kernels, by the names of what it calls."""
+    spec = encoder.spec("fp16")
+    pixels = tiny_clip.noise(spec.batch_size, spec.image_size)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        encoder.features(torch.from_numpy(pixels).to(encoder.device), "image")
+    names = " ".join(event.key for event in seen.key_averages())
+    return any(f"{kind}_attention" in names for kind in ("flash", "efficient", "cudnn"))
 
 
 def check_pipeline(lines: Lines, scale: Scale) -> None:
@@ -101,7 +112,8 @@ def check_pipeline(lines: Lines, scale: Scale) -> None:
             again = np.concatenate([one.rows for one in done if one.label == 1])
             wrong += unequal_rows(torch.from_numpy(rows), one_by_one)
             wrong += unequal_rows(torch.from_numpy(again), one_by_one[: len(again)])
-    print(*dict.fromkeys(waited), sep="\n")
+    for reason in dict.fromkeys(waited):
+        print(reason)
     lines.at_most("encode: in flight: batches that wait for the device", len(waited), 0)
     lines.at_most("encode: in flight: rows that differ", wrong, 0)
 
