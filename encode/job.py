@@ -46,6 +46,7 @@ from encode.driver.progress import (
     stage_line,
 )
 from encode.driver.resources import (
+    DECODE_APART_S,
     MEASURE_BATCHES,
     WorkerLayout,
     measure_speed,
@@ -53,7 +54,14 @@ from encode.driver.resources import (
 )
 from encode.driver.totals import Totals
 from encode.driver.tracker import Ledger, Tracker
-from encode.plan.estimate import RAY_START_S, Estimate, describe, estimate, expected_rows
+from encode.plan.estimate import (
+    DECODERS_START_S,
+    RAY_START_S,
+    Estimate,
+    describe,
+    estimate,
+    expected_rows,
+)
 from encode.plan.fits import check_fits, table
 from encode.plan.media import MediaCounter
 from encode.plan.plan import Plan, make_plan
@@ -182,8 +190,10 @@ class Job:
         costs = self._estimate(plan, always_measure, spent_s)
         if costs is not None:
             self._work_s = part.parts * costs.work_s
-            ray_s = starts_ray(workers, self._work_s) * RAY_START_S
-            costs = replace(costs, start_s=costs.start_s + ray_s)
+            start_s = costs.start_s + starts_ray(workers, self._work_s) * RAY_START_S
+            if self._work_s >= DECODE_APART_S:
+                start_s += DECODERS_START_S / self._found.share
+            costs = replace(costs, start_s=start_s)
         free = free_bytes(self._root.path)
         samples, max_frames = self._counter.samples, self._config.max_frames
         spec, parts = self.spec, part.parts

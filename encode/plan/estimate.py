@@ -38,6 +38,9 @@ DISK_BYTES_S = 500e6
 RAY_START_S = 8.0
 """Seconds until Ray and the encoders of its workers have started."""
 
+DECODERS_START_S = 1.0
+"""Seconds until the processes that decode have started, on cores that nobody else uses."""
+
 READERS = 16
 """Threads that read files at the same time, at most."""
 
