@@ -131,6 +131,7 @@ def probe(
     download: DownloadConfig,
     media_store: Path | None = None,
     urls: int = PROBED,
+    nice: int = 0,
 ) -> Probe:
     """Probe some sources of a plan.
 
@@ -141,6 +142,7 @@ def probe(
         download: limits of the downloads.
         media_store: folder of kept downloads.
         urls: URLs that are downloaded, at most.
+        nice: niceness of the processes that decode in the job.
 
     Raises:
         OSError: there is no room for a temporary file, or for another process.
@@ -154,7 +156,7 @@ def probe(
         asked = [task for task in web if task.source not in there]
         downloads, bodies = _download(asked, download, Path(folder))
         files = [*local, *(body for _, body in kept), *bodies]
-        kinds, share = _decode(files, spec, max_frames)
+        kinds, share = _decode(files, spec, max_frames, nice)
         return Probe(
             kinds=kinds,
             share=share,
@@ -251,7 +253,7 @@ def _bodies(
 
 
 def _decode(
-    tasks: Sequence[SourceTask], spec: FeatureSpec, max_frames: int
+    tasks: Sequence[SourceTask], spec: FeatureSpec, max_frames: int, nice: int = 0
 ) -> tuple[dict[str, KindCost], float]:
     """Read and decode files; return the cost of each kind, and the share of a core that was used."""
     request = Request(
@@ -259,6 +261,7 @@ def _decode(
         fit=InputFit.of(spec),
         max_frames=max_frames,
         stop_s=DECODE_S,
+        nice=nice,
     )
     found: dict[str, list[Item]] = {}
     seconds = cpu_s = 0.0

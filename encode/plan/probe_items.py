@@ -7,6 +7,8 @@ A file that crashes or hangs its decoder ends this process and not the job that 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +38,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Frames of one video, at most."""
     stop_s: float
     """Seconds after which no further item is begun."""
+    nice: int = 0
+    """Added to the niceness of the process: that of the processes that decode in a job."""
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +120,8 @@ def _probe(number: int, task: SourceTask, request: Request) -> Item:
 def main(words: Sequence[str] = ()) -> None:  # noqa: ARG001
     """Answer the request on the standard input."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    with contextlib.suppress(OSError):
+        os.nice(request.nice)
     for item in probe_items(request):
         sys.stdout.buffer.write(msgspec.json.encode(item) + b"\n")
         sys.stdout.buffer.flush()
