@@ -99,6 +99,6 @@ def test_its_loop_runs_with_spawned_workers(
     folder: Path, in_process: Callable[..., tuple[int, str, str]]
 ) -> None:
     """They import the script again, so it must be a file that does nothing when it is imported."""
-    code, out, error = in_process(folder, code_of(1, OPEN, 2, "spawn"))
+    code, out, error = in_process(folder, code_of(1, OPEN, 1, "spawn"))
     assert code == 0, error
     check(1, out)

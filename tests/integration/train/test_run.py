@@ -493,7 +493,7 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     expected = train_here("whole")
     killed_at = []
     folder = tmp_path / "runs" / "killed" / "stage1"
-    kills = soak(2, 20)
+    kills = soak(1, 20)
     for kill in range(kills):
         process = start_run("killed")
         # Later each time, or before the first step.
