@@ -13,7 +13,7 @@ clocks of two nodes are never compared. Tokens ascend: each process of a job com
 before it renames a file, and stops once that is higher.
 
 Locks of the kernel (`flock`) only save time: a driver that was killed on this node is noticed at once, and of
-two drivers that start together one is told about the other. File systems without them may be used.
+two drivers that start together only one begins. File systems without them may be used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STALE_LOOKS = 60
 """Looks at an unchanged number after which a driver counts as frozen: 30 s or more. Looks are counted and not
 seconds, because whoever looks may be frozen too, or both may wait for one file server."""
 QUIET_LOOKS = 6
-"""Looks at an unchanged number after which the user is told about it."""
+"""Looks at an unchanged number after which a line is printed about it."""
 ORPHANS_S = 15.0
 """Seconds for which a driver waits for the workers of an earlier job. They can commit nothing, but they use
 the processors and the GPUs."""
@@ -135,7 +135,7 @@ class DriverLock(contextlib.ExitStack):
         self.token = self._node = ""
 
     def __enter__(self) -> Self:
-        for name in DATA_FOLDERS:  # whoever writes is told before anything has changed
+        for name in DATA_FOLDERS:  # an error comes before anything has changed
             refuse_links(self._paths.cache_root / name, self._paths.cache_root)
         with contextlib.ExitStack() as held:
             self._take(held)
