@@ -158,6 +158,8 @@ def test_a_saved_model_has_the_same_files(tmp_path: Path) -> None:
             vlm.loss(*micro_batch(9, 4))  # an evaluation, which gathers
         make_whole(vlm, ProcessGroup())
         assert not any(isinstance(p, DTensor) for p in vlm.parameters())
+        words, head = vlm.language.get_input_embeddings(), vlm.language.get_output_embeddings()
+        assert head.weight is words.weight
         save_final(tmp_path / name, vlm, tokenizer, meta)
     files = sorted(p.name for p in (tmp_path / "plain").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "sharded").iterdir())
