@@ -7,8 +7,7 @@
 
 Both give equal pixels. Threads take no time to start, but wait for each other's Python code: at most some
 hundred images a second, whatever the number of cores. A process that crashes or hangs on a media item is
-started again and tries it once more; then the item has failed. It runs at a lower priority than the encoder,
-which would otherwise wait for cores in the middle of a batch.
+started again and tries it once more; then the item has failed.
 """
 
 from __future__ import annotations
@@ -32,12 +31,6 @@ from model.media.fit import InputFit
 from model.media.images import DecodedImage
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
-
-NICE = 10
-"""Added to the niceness of what decodes beside an encoder on the CPU. The threads of a forward pass wait for
-each other many times, so one that shares its core with a decoder holds up the others: a pass takes up to nine
-times as long (2026-11-26, 2 cores). At 10, the kernel gives the encoder nine tenths of a core that both
-want, and other programs too."""
 
 NICE_BESIDE_GPU = 5
 """Added to the niceness of processes that decode for a GPU: its thread needs little, but at once."""
@@ -170,8 +163,7 @@ def setup_for(config: WorkerConfig, spec: FeatureSpec, device: str) -> Setup | N
     """
     if not config.decode_apart:
         return None
-    nice = NICE if device == "cpu" else NICE_BESIDE_GPU
-    return Setup(fit=InputFit.of(spec), nice=nice)
+    return Setup(fit=InputFit.of(spec), nice=0 if device == "cpu" else NICE_BESIDE_GPU)
 
 
 class Decoders:
@@ -201,12 +193,3 @@ class Decoders:
         """Close all decoders. None may be taken."""
         for decoder in self._all:
             decoder.close()
-
-
-def lower_priority() -> None:
-    """Let the calling thread yield to the encoder. Only Linux has priorities of single threads."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        lower = min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
-        with contextlib.suppress(OSError):  # then it competes with the encoder
-            os.setpriority(os.PRIO_PROCESS, thread, lower)
