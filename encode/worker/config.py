@@ -63,6 +63,16 @@ class WorkerConfig:
     token: str = ""
     """Token of the driver's lock. Set once the lock is held."""
 
+    @property
+    def alternates(self) -> bool:
+        """Whether decoding rests while a batch is encoded on the CPU, so that either has all cores.
+
+        The threads of a forward pass wait for each other many times: one that shares its core with a decoder
+        holds up all of them, and a pass takes up to nine times as long (2 cores, 2026-11-26). A pass of few
+        threads leaves cores to decoding.
+        """
+        return self.torch_threads is not None and 2 * self.torch_threads > self.threads
+
     def load(self) -> VisionEncoder:
         """Load the encoder onto its device."""
         import torch  # takes 3 s, and commands that encode nothing do not need it

@@ -13,8 +13,6 @@ started again and tries it once more; then the item has failed.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

@@ -14,6 +14,7 @@ in the batch, so a killed and resumed job stores the same rows as an uninterrupt
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,7 @@ class Worker:
         self._present = Present.of(self.space, max_frames=config.max_frames)
         self._max_frames = config.max_frames
         log_file = decode_log_file(paths, number)
+        self._alternates = config.alternates and encoder.device.type == "cpu"
         self._decode_log = DecodeLog(log_file, config.threads, paths.cache_root)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
@@ -91,7 +93,6 @@ class Worker:
             ahead=self._ahead,
             batch_size=self._batch_size,
             apart=setup_for(config, spec, encoder.device.type),
-            yields=encoder.device.type == "cpu",
         )
         self._writer = RowWriter(
             self.space,
@@ -207,7 +208,8 @@ class Worker:
         if not batch:
             return
         start = time.perf_counter()
-        done = self._pipeline.put([one.pixels for one in batch], array, batch)
+        with self._prefetcher.resting() if self._alternates else contextlib.nullcontext():
+            done = self._pipeline.put([one.pixels for one in batch], array, batch)
         self._timings.encode_s += time.perf_counter() - start
         self._take_rows(done)
 

@@ -95,11 +95,12 @@ class SleepingEncoder(VisionEncoder):
 
     rate = GPU_RATE
 
-    def encode(self, pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
+    def features(self, pixels: torch.Tensor, array: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Sleep, and return features of zeros."""
         time.sleep(len(pixels) / self.rate)
         spec = self.spec("fp16")
-        return torch.zeros(len(pixels), spec.tokens(array), spec.width)
+        features = torch.zeros(len(pixels), spec.tokens(array), spec.width)
+        return features, torch.zeros(len(pixels), dtype=torch.int64)
 
 
 def sleeping_encoder() -> VisionEncoder:
@@ -290,6 +291,7 @@ def measure_gpu(photos: Photos, many: Photos, rounds: int, requirements: Require
     encoder = sleeping_encoder()
     jobs = Jobs(photos.folder / "gpu", GPU, encoder)
     words = ("--device", "cpu", "--workers", "0")
+    torch.set_num_threads(1)  # a pass that needs no core: decoding goes on beside it
 
     def asleep() -> Speed:
         more = (*words, "--threads", str(SLEEPERS))

@@ -27,7 +27,7 @@ from encode.sources.demo_videos import draw_video
 from encode.worker import process_decoder
 from encode.worker.decode_log import DecodeLog
 from encode.worker.decode_process import DecodeImage, Setup
-from encode.worker.decoders import NICE, Decoder, ThreadDecoder, lower_priority, setup_for
+from encode.worker.decoders import NICE_BESIDE_GPU, Decoder, ThreadDecoder, setup_for
 from encode.worker.media_item import EncoderInput, MediaItem
 from encode.worker.messages import SourceTask
 from encode.worker.prefetch import Prefetcher
@@ -153,7 +153,7 @@ def test_the_encoder_input_is_that_of_the_encoder() -> None:
         config = replace(CONFIG, encoder=replace(CONFIG.encoder, **values), decode_apart=True)
         encoder = load_encoder(config.encoder, device="cpu")
         setup = setup_for(config, encoder.spec("int8"), "cpu")
-        assert setup is not None and setup.nice == NICE
+        assert setup is not None and setup.nice == 0
         assert setup.fit == encoder.input
     assert setup_for(CONFIG, encoder.spec("int8"), "cpu") is None
 
@@ -290,25 +290,13 @@ def test_a_process_ends_with_what_started_it_also_while_it_hangs(
     decoder._end()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_processes_and_threads_yield_to_the_encoder(start: Start, tmp_path: Path) -> None:
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    lower = min(19, before + NICE)
-    decoder = start(setup=Setup(fit=FIT, nice=NICE))
+def test_processes_yield_to_the_thread_that_feeds_a_gpu(start: Start, tmp_path: Path) -> None:
+    lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_BESIDE_GPU)
+    decoder = start(setup=Setup(fit=FIT, nice=NICE_BESIDE_GPU))
     decoder.take(square(tmp_path, 24))
     decoder.needed()
     assert decoder._process is not None
     assert os.getpriority(os.PRIO_PROCESS, decoder._process.pid) == lower
-    seen: list[int] = []
-
-    def work() -> None:
-        lower_priority()
-        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert (seen, os.getpriority(os.PRIO_PROCESS, 0)) == ([lower], before)
 
 
 def test_a_prefetcher_closes_while_a_process_hangs(
