@@ -68,7 +68,7 @@ from encode.plan.plan import Plan, make_plan
 from encode.plan.probe import PROBED, Probe, probe
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log
-from encode.worker.decoders import NICE, NICE_BESIDE_GPU
+from encode.worker.decoders import niceness
 from encode.worker.messages import Registrar, Timings
 from encode.worker.worker import Worker
 
@@ -257,7 +257,7 @@ class Job:
                 download=self._config.download,
                 media_store=self._config.media_store,
                 urls=urls,
-                nice=NICE if self.device_type == "cpu" else NICE_BESIDE_GPU,
+                nice=niceness(self.device_type),
             )
         except OSError as error:
             log.warning("the sources are not probed: %s", error)

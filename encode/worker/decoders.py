@@ -151,6 +151,11 @@ class ThreadDecoder(Decoder):
         """Do nothing: it holds nothing."""
 
 
+def niceness(device: str) -> int:
+    """Return what is added to the niceness of processes that decode for a device of this type."""
+    return 0 if device == "cpu" else NICE_BESIDE_GPU
+
+
 def setup_for(config: WorkerConfig, spec: FeatureSpec, device: str) -> Setup | None:
     """Return how processes make the encoder inputs of a space; None if threads decode.
 
@@ -161,7 +166,7 @@ def setup_for(config: WorkerConfig, spec: FeatureSpec, device: str) -> Setup | N
     """
     if not config.decode_apart:
         return None
-    return Setup(fit=InputFit.of(spec), nice=0 if device == "cpu" else NICE_BESIDE_GPU)
+    return Setup(fit=InputFit.of(spec), nice=niceness(device))
 
 
 class Decoders:
