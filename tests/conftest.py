@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("soak", max_examples=1000, deadline=None)
 LONG = (
     *("integration/encode/test_pixmo_kill", "integration/train/test_photos"),
     *("integration/encode/test_tables", "integration/encode/test_ray_pool"),
-    "integration/encode/test_kill",
+    *("integration/encode/test_cluster", "integration/encode/test_kill"),
     *("integration/train/test_distributed", "integration/train/test_run"),
     *("integration/encode/test_videos", "integration/encode/test_pixmo_web", "vision/test_encoder"),
     *("integration/model/test_tail", "train/stage/test_shards", "train/compare/test_compare"),

@@ -10,7 +10,7 @@
     cluster, nodes      which nodes of a cluster may have workers, and how many
     unread              sources that one node could not read
     resources           the workers of one machine and their threads; measures the encoder
-    progress            prints the progress and the last lines
+    progress, totals    the progress and the last lines; what became of all parts of a job
 
 Read tracker.py first, then inline.py and pool.py. `encode.job` puts them together.
 """

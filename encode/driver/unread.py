@@ -103,7 +103,7 @@ class UnreadSources:
         return failed
 
     def is_blind(self, node: Node) -> bool:
-        """Return whether a node has failed to read so many sources that it should get no more."""
+        """Return whether a node fails to read most of its sources, and should get no more."""
         failed = self._failed[node.id]
         return failed >= PROBATION and failed > SHARE * self._settled[node.id]
 

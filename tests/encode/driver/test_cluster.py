@@ -191,7 +191,7 @@ def test_a_file_that_becomes_visible_late_is_waited_for(
 
 
 def test_a_node_without_our_package_can_look(tmp_path: Path) -> None:
-    """What is sent is code, so the node answers instead of failing to import it."""
+    """It gets code instead of a name, so it answers instead of failing to import it."""
     ray.cloudpickle.register_pickle_by_value(cluster)
     try:
         sent = ray.cloudpickle.dumps(look)

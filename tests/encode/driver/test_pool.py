@@ -207,7 +207,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calm(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """The same job on one machine."""
+    """A job on one machine, to compare with."""
     return encode(tmp_path_factory.mktemp("calm"), f"folder:{photos}")
 
 
