@@ -57,12 +57,13 @@ def make_photos(folder: Path, count: int, *, largest: int = LARGEST) -> list[Pat
 
 
 def make_small_files(folder: Path, photo: Path, count: int) -> list[Path]:
-    """Write `count` files that differ in bytes behind the end of one photograph; return their paths."""
+    """Write `count` files of one photograph that differ in a comment of eight bytes; return their paths."""
     folder.mkdir(parents=True)
     data = photo.read_bytes()
     paths = [folder / f"{number:05d}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
-        path.write_bytes(data + number.to_bytes(8, "big"))
+        comment = b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big")
+        path.write_bytes(data[:2] + comment + data[2:])
     return paths
 
 
