@@ -167,7 +167,8 @@ def cluster_session(address: str) -> Iterator[None]:
     # It would go before `auto`, and may be `local`, for which Ray starts a cluster open to everybody.
     variable = os.environ.pop("RAY_ADDRESS", None)
     try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+        with _silent():
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # Ray raises many types, Exception itself among them
         raise connection_error(address, error) from error
     finally:
@@ -178,6 +179,24 @@ def cluster_session(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what Ray's C++ code writes to standard error: a line a second while it cannot connect."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def nodes() -> dict[str, Node]:
