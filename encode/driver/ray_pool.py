@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -183,20 +184,18 @@ def cluster_session(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Drop what Ray's C++ code writes to standard error: a line a second while it cannot connect."""
-    try:
-        before = os.dup(2)
-    except OSError:  # it is closed
+    """Drop what Ray's C++ code prints: a line a second, to standard output, while it cannot connect."""
+    with contextlib.ExitStack() as stack:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                stream.flush()
+                before = os.dup(number)
+                stack.callback(os.close, before)
+                stack.callback(os.dup2, before, number)
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, number)
+                os.close(nothing)
         yield
-        return
-    try:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 2)
-        os.close(nothing)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
 
 
 def nodes() -> dict[str, Node]:
