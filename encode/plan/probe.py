@@ -312,7 +312,7 @@ def _answers(request: Request) -> Iterator[Item | None]:
     code = Path(encode.__file__).parents[1]
     paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Without -P, a data folder called `cache` in the working directory would hide the package.
-    command = [sys.executable, "-P", "-m", "encode.plan.probe_items"]
+    command = [sys.executable, "-P", "-c", "from encode.plan.probe_items import main; main()"]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

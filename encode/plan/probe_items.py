@@ -1,6 +1,6 @@
 """Read and decode some media in a process of its own, and say what each cost.
 
-python -m encode.plan.probe_items < request.json      # a line of JSON for each media item
+python -c "from encode.plan.probe_items import main; main()" < request.json   # a line of JSON for each item
 
 A file that crashes or hangs its decoder ends this process and not the job that plans: see `probe.py`.
 """
@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -117,7 +117,7 @@ def _probe(number: int, task: SourceTask, request: Request) -> Item:
         return Item(number=number, read_s=read_s, cpu_s=read_cpu_s + clock.lap(), failed=True)
 
 
-def main(words: Sequence[str] = ()) -> None:  # noqa: ARG001
+def main() -> None:
     """Answer the request on the standard input."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with contextlib.suppress(OSError):
@@ -125,7 +125,3 @@ def main(words: Sequence[str] = ()) -> None:  # noqa: ARG001
     for item in probe_items(request):
         sys.stdout.buffer.write(msgspec.json.encode(item) + b"\n")
         sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    main()

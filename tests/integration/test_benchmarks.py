@@ -19,12 +19,13 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 from model.language.model import load_tokenizer
-from tests.benchmarks import loaders, scale, store
+from tests.benchmarks import loaders, store
 from tests.benchmarks.bench import Requirements
 from tests.benchmarks.encode import bound, peers
 from tests.benchmarks.encode.jobs import Jobs, Photos, Speed
 from tests.benchmarks.encode.photos import make_photos
 from tests.benchmarks.peers import stores
+from tests.benchmarks.scale import rows as scale
 from tests.benchmarks.train import __main__ as train
 from tests.benchmarks.train import break_even, models, ranks
 from tests.gpu.worlds import World
