@@ -80,8 +80,9 @@ COMMAND = CommandLine("python -m encode.run", ())
 FEW_VIDEOS = 20
 """Videos of unknown length that are not probed: the job then needs the disk for most frames of each."""
 
-URLS_A_PROBE = 10
-"""URLs of a job for each that is downloaded before, to measure: a small job downloads none twice."""
+SOURCES_A_PROBE, LEAST_PROBED = 10, 20
+"""Sources of a job for each that is probed before, and the fewest that are: a small job does little twice,
+and downloads no URL twice."""
 
 
 class Job:
@@ -232,8 +233,7 @@ class Job:
             speed = measure_speed(self._encoder, self.spec, self._encoder.device)
         measured = time.monotonic()
         if always_measure or not few:
-            urls = PROBED if always_measure else plan.downloads // URLS_A_PROBE
-            self._found = self._probe(plan, urls)
+            self._found = self._probe(plan, whole=always_measure)
         # Of a job that does not measure or probe for itself, this is no part.
         spent_s += (not small) * (measured - start) + (not few) * (time.monotonic() - measured)
         if speed is None:
@@ -248,7 +248,14 @@ class Job:
             start_s=spent_s,
         )
 
-    def _probe(self, plan: Plan, urls: int) -> Probe:
+    def _probe(self, plan: Plan, *, whole: bool) -> Probe:
+        """Probe some sources: PROBED for a plan alone, else a tenth, which costs the job little.
+
+        Videos of unknown length are probed as for a plan: whether the disk holds the job depends on them.
+        """
+        count = max(LEAST_PROBED, len(plan.todo) // SOURCES_A_PROBE)
+        if whole or plan.untimed:
+            count = PROBED
         try:
             return probe(
                 plan,
@@ -256,7 +263,8 @@ class Job:
                 max_frames=self._config.max_frames,
                 download=self._config.download,
                 media_store=self._config.media_store,
-                urls=urls,
+                count=min(PROBED, count),
+                urls=PROBED if whole else plan.downloads // SOURCES_A_PROBE,
                 nice=niceness(self.device_type),
             )
         except OSError as error:

@@ -130,6 +130,7 @@ def probe(
     max_frames: int,
     download: DownloadConfig,
     media_store: Path | None = None,
+    count: int = PROBED,
     urls: int = PROBED,
     nice: int = 0,
 ) -> Probe:
@@ -141,13 +142,14 @@ def probe(
         max_frames: frames of one video, at most.
         download: limits of the downloads.
         media_store: folder of kept downloads.
+        count: sources that are probed, at most.
         urls: URLs that are downloaded, at most.
         nice: niceness of the processes that decode in the job.
 
     Raises:
         OSError: there is no room for a temporary file, or for another process.
     """
-    chosen = sample(plan.todo)
+    chosen = sample(plan.todo, count)
     web = [task for task in chosen if is_url(task.source)][:urls]
     local = [task for task in chosen if not is_url(task.source)]
     with tempfile.TemporaryDirectory() as folder:
