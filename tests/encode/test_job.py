@@ -32,6 +32,7 @@ from cache.store.writer import ShardWriter
 from configs import UserError
 from configs.signals import Interrupts
 from encode.errors import TooManyFailuresError
+from encode.plan.probe import Probe
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.media.images import DecodedImage, decode_image
@@ -424,3 +425,23 @@ def test_decoding_runs_in_threads_that_end_with_the_job(job: Encode) -> None:
     job(worker_class=Watched)
     assert threads == {"decode"}
     assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "read", "write"))]
+
+
+def test_a_job_probes_few_of_its_files_and_a_plan_alone_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def recorded(*_: Any, count: int, **__: Any) -> Probe:
+        counts.append(count)
+        return Probe()
+
+    monkeypatch.setattr("encode.job.probe", recorded)
+    monkeypatch.setattr("encode.job.PROBED", 40)
+    draw(tmp_path / "photos", 60)
+    result = encode(tmp_path / "cache", f"folder:{tmp_path / 'photos'}")
+    assert result.reader.rows("image") == 60
+    plan = result.plan
+    for videos, alone in ((0, False), (0, True), (21, False)):
+        result.job.show(dataclasses.replace(plan, untimed=videos), always_measure=alone)
+    assert counts == [20, 20, 40, 40]
