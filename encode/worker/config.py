@@ -68,8 +68,9 @@ class WorkerConfig:
         """Whether decoding rests while a batch is encoded on the CPU, so that either has all cores.
 
         The threads of a forward pass wait for each other many times: one that shares its core with a decoder
-        holds up all of them, and a pass takes up to nine times as long (2 cores, 2026-11-26). A pass of few
-        threads leaves cores to decoding.
+        holds up all of them. A pass of few threads leaves cores to decoding. With a cheap tower on two cores
+        it makes no difference (docs/BENCHMARKS.md, "Encode jobs beside their bound"); with a large one it has
+        not been measured.
         """
         return self.torch_threads is not None and 2 * self.torch_threads > self.threads
 
