@@ -205,13 +205,13 @@ def test_a_job_of_too_many_sources_works_through_parts(
     monkeypatch.setattr("encode.plan.media.MOST_SOURCES", 2)
     capsys.readouterr()
     assert run(photos, "--plan") == 0
-    assert re.match(
-        r"parts    (4|8|16|32), one after the other", capsys.readouterr().out.splitlines()[1]
-    )
+    planned = capsys.readouterr().out.splitlines()[1]
+    parts = re.match(r"parts    (\d+), one after the other", planned)
+    assert parts is not None and int(parts[1]) > 1  # how many depends on the hashes of the paths
     for counts in (("6", "1", "1"), ("0", "7", "1")):
         assert run(photos) == 0
         out = capsys.readouterr().out
-        assert re.search(r"^part     2 of (4|8|16|32): \d to do$", out, re.MULTILINE)
+        assert re.search(rf"^part     2 of {parts[1]}: \d to do$", out, re.MULTILINE)
         found = CLOSING.fullmatch(out.splitlines()[-1])
         assert found is not None and found.groups()[:3] == counts
     hashes = {
