@@ -80,7 +80,7 @@ COMMAND = CommandLine("python -m encode.run", ())
 FEW_VIDEOS = 20
 """Videos of unknown length that are not probed: the job then needs the disk for most frames of each."""
 
-SOURCES_A_PROBE, LEAST_PROBED = 10, 20
+SOURCES_A_PROBE, LEAST_PROBED = 50, 20
 """Sources of a job for each that is probed before, and the fewest that are: a small job does little twice,
 and downloads no URL twice."""
 
@@ -249,7 +249,7 @@ class Job:
         )
 
     def _probe(self, plan: Plan, *, whole: bool) -> Probe:
-        """Probe some sources: PROBED for a plan alone, else a tenth, which costs the job little.
+        """Probe some sources: PROBED for a plan alone, else a fiftieth, which costs the job little.
 
         Videos of unknown length are probed as for a plan: whether the disk holds the job depends on them.
         """

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from model.vision.encoder import VisionEncoder
 
 
-SPINS = 10_000
-"""Turns for which a thread of torch spins at the end of its part of an operation, before it sleeps."""
+SPINS = 1_000
+"""Turns for which a thread of torch spins at the end of its part of an operation, before it sleeps: 20 us."""
 
 
 def spin_briefly() -> None:
-    """Let torch's threads sleep soon after a forward pass, so that decoding gets their cores.
+    """Let torch's threads sleep soon after their part of an operation, so that decoding gets their cores.
 
-    libgomp, torch's pool of threads on Linux, lets them spin 300,000 times, about 6 ms, which between two
-    batches of a small tower takes a core from decoding. In a pass the next operation comes within 0.2 ms.
+    libgomp, torch's pool of threads on Linux, lets them spin 300,000 times, about 6 ms. While a decoder has
+    the core that one of them needs, the others of the pass would spin for nothing.
     Call this before torch is imported, which reads the environment once.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -62,17 +62,6 @@ class WorkerConfig:
     """Folder of the space. Set once the space exists."""
     token: str = ""
     """Token of the driver's lock. Set once the lock is held."""
-
-    @property
-    def alternates(self) -> bool:
-        """Whether decoding rests while a batch is encoded on the CPU, so that either has all cores.
-
-        The threads of a forward pass wait for each other many times: one that shares its core with a decoder
-        holds up all of them. A pass of few threads leaves cores to decoding. With a cheap tower on two cores
-        it makes no difference (docs/BENCHMARKS.md, "Encode jobs beside their bound"); with a large one it has
-        not been measured.
-        """
-        return self.torch_threads is not None and 2 * self.torch_threads > self.threads
 
     def load(self) -> VisionEncoder:
         """Load the encoder onto its device."""

@@ -10,11 +10,10 @@ frames, however long the video is. A thread decodes itself, or lets a process of
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -115,8 +114,6 @@ class Prefetcher:
         self._frames_ahead, self._max_frames = FRAME_BATCHES * batch_size, config.max_frames
         self._readers = ThreadPoolExecutor(config.threads, "read")
         self._decoders = ThreadPoolExecutor(config.threads, "decode")
-        self._may_decode = threading.Event()
-        self._may_decode.set()
         self._pool = Decoders(partial(self._decoder, apart, config.timeout_s))
         self._inbox: queue.SimpleQueue[SourceTask | MediaItem | None] = queue.SimpleQueue()
         self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
@@ -154,19 +151,9 @@ class Prefetcher:
             self._current = None
         return got
 
-    @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
-        """Begin no decode, and go on with no video, while the block runs."""
-        self._may_decode.clear()
-        try:
-            yield
-        finally:
-            self._may_decode.set()
-
     def close(self) -> None:
         """End the threads and drop what they hold."""
         self._open = False
-        self._may_decode.set()
         self._downloads.close()
         self._inbox.put(None)
         while self._feeder.is_alive():  # it may be waiting for room in `_ready`
@@ -263,7 +250,6 @@ class Prefetcher:
 
         A thread that waits for memory is not in the log: it does not hang.
         """
-        self._rest(lambda: None)
         start = time.perf_counter()
         work = self._decode_image if item.task.kind == "image" else self._decode_video
         log, nbytes, failure = self._decode_log.decoding, 0, None
@@ -331,19 +317,11 @@ class Prefetcher:
                 view = time_view(frame.wanted_us)
                 one = EncoderInput(item=item, pixels=frame.pixels, view=view, time_s=frame.time_s)
                 item.decode_s -= self._put(inputs, one, decoder.touch)
-                item.decode_s -= self._rest(decoder.touch)
                 got += 1
             if got < len(missing):
                 raise BadMediaError(f"{got} of {len(missing)} frames could be decoded")
         if isinstance(item.data, Path):
             check_unchanged(item.data, item.record)
-
-    def _rest(self, touch: Touch) -> float:
-        """Wait until decoding may go on; return the seconds it took. Meanwhile the item does not hang."""
-        start = time.perf_counter()
-        while not self._may_decode.wait(POLL_S):
-            touch()
-        return time.perf_counter() - start
 
     def _put(self, inputs: _Inputs, one: EncoderInput | MediaItem, touch: Touch) -> float:
         """Wait for room; return the seconds it took. Meanwhile the item does not count as hanging."""

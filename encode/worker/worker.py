@@ -14,7 +14,6 @@ in the batch, so a killed and resumed job stores the same rows as an uninterrupt
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -83,7 +82,6 @@ class Worker:
         self._present = Present.of(self.space, max_frames=config.max_frames)
         self._max_frames = config.max_frames
         log_file = decode_log_file(paths, number)
-        self._alternates = config.alternates and encoder.device.type == "cpu"
         self._decode_log = DecodeLog(log_file, config.threads, paths.cache_root)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
@@ -208,8 +206,7 @@ class Worker:
         if not batch:
             return
         start = time.perf_counter()
-        with self._prefetcher.resting() if self._alternates else contextlib.nullcontext():
-            done = self._pipeline.put([one.pixels for one in batch], array, batch)
+        done = self._pipeline.put([one.pixels for one in batch], array, batch)
         self._timings.encode_s += time.perf_counter() - start
         self._take_rows(done)
 

@@ -33,7 +33,7 @@ class Options(bench.Options):
     """Measure a few small photographs."""
     rounds: int = 3
     """Turns of each case."""
-    images: int = 600
+    images: int = 900
     """Photographs of a long job."""
     environment: Path = Path("~/.cache/nanomolmo2/bench/encode")
     """Environment with other libraries."""

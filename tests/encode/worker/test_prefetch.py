@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,39 +100,6 @@ def test_a_long_video_waits_for_the_encoder_frame_by_frame(
     item = next_of(prefetcher)
     assert isinstance(item, MediaItem) and item.failure is None
     assert 0 < item.decode_s < 0.9
-
-
-def test_decoding_rests_while_a_batch_is_encoded(prefetcher: Prefetcher, tmp_path: Path) -> None:
-    path = tmp_path / "video.y4m"
-    path.write_bytes(draw_video(DemoWorld(images=9, side=24, video_frames=16), 0))
-    (photo,) = draw(tmp_path / "photos", 1)
-    prefetcher.put(SourceTask(source=str(path), kind="video"))
-    assert isinstance(next_of(prefetcher), EncoderInput)
-    with prefetcher.resting():
-        prefetcher.put(SourceTask(source=str(photo)))
-        got = [prefetcher.get(timeout_s=0.2) for _ in range(12)]
-        assert got[-1] is None, "at most the frames that were decoded ahead"
-    left = [next_of(prefetcher) for _ in range(18 - sum(one is not None for one in got))]
-    items = [one for one in left if isinstance(one, MediaItem)]
-    assert [item.failure for item in items] == [None, None]
-    assert all(0 < item.decode_s < 1.5 for item in items), "resting is not decoding"
-
-
-def test_a_pass_with_most_of_the_threads_alternates_with_decoding() -> None:
-    of = {
-        (t, n): replace(CONFIG, torch_threads=t, threads=n).alternates
-        for t in (1, 2, 16)
-        for n in (2, 16)
-    }
-    assert of == {
-        (1, 2): False,
-        (1, 16): False,
-        (2, 2): True,
-        (2, 16): False,
-        (16, 2): True,
-        (16, 16): True,
-    }
-    assert not replace(CONFIG, torch_threads=None).alternates
 
 
 def test_equal_bytes_are_decoded_once(
