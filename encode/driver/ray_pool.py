@@ -31,7 +31,7 @@ from encode.driver import cluster
 from encode.driver.cluster import Proof, check_answers, connection_error, look
 from encode.driver.ray_session import LOOPBACK, private_folder, ray_environment
 from encode.errors import WorkerLostError
-from encode.worker.config import WorkerConfig
+from encode.worker.config import WorkerConfig, spin_briefly
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ OTHER_RAY = "install another one: pip install 'ray==2.60.0', or encode without R
 
 class RemoteWorker:
     """A Worker that is created inside the actor's process. Its methods are those of Worker."""
+
+    def __init__(self) -> None:
+        """Set what torch reads when the arguments of `start` import it."""
+        spin_briefly()
 
     def start(
         self, config: WorkerConfig, number: int, registrar: Any, worker_class: type[Worker]
