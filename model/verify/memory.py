@@ -300,14 +300,14 @@ def _holes(sizes: Sizes, step: Step) -> int:
     each adapter costs up to two outputs that nothing uses, and here counts for one and a half. Measured with
     53 million parameters and rank 16: 2.8 (256 tokens), 2.4 (1,024) and 1.6 (2,048, of most bytes); with a
     place of its own for each tensor (MALLOC_MMAP_THRESHOLD_=65536) none, and a step takes a third longer.
+    With checkpointing it is as much, of all layers: Qwen3-0.6B is 0.2 % off, 53 million parameters 7 and 11.
     CUDA has another allocator.
     """
     if not (step.lora and step.train_llm):
         return 0
     q, k = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     outputs = q + 2 * k + 2 * sizes.width + 2 * sizes.inner
-    layers = 1 if step.checkpointing else sizes.layers
-    return 6 * outputs * step.tokens * layers  # 1.5 x 4 bytes
+    return 6 * outputs * step.tokens * sizes.layers  # 1.5 x 4 bytes
 
 
 def _gathered(sizes: Sizes, step: Step) -> int:

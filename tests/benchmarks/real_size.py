@@ -191,6 +191,9 @@ MEMORY_CASES = {
     "53 M, 2,048 tokens, checkpointing": Case(llm=MIDDLE, tokens=2048, checkpointing=True),
     "53 M, 2,048 tokens, connector": Case(llm=MIDDLE, tokens=2048, train_llm=False),
     "53 M, 2,048 tokens, LoRA 16": Case(llm=MIDDLE, tokens=2048, lora=16),
+    "53 M, 2,048 tokens, LoRA 16, checkpointing": Case(
+        llm=MIDDLE, tokens=2048, lora=16, checkpointing=True
+    ),
     "Qwen2.5-0.5B, 256 tokens": Case(llm="random:qwen2.5-0.5b", tokens=256),
     "Qwen3-0.6B, 256 tokens": Case(llm="random:qwen3-0.6b", tokens=256),
     "Qwen3-0.6B, 512 tokens, LoRA 16, checkpointing": Case(
