@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import UserError
-from tests.proof import packages, prepare, scores
+from tests.proof import packages, prepare, scores, training
 from tests.proof.__main__ import merged, recipe
 from tests.proof.drawings import VARIANTS, read_concepts, svg, variant
 from tests.proof.packages import PACKAGES, Package
@@ -198,7 +198,7 @@ def test_quick_is_the_whole_with_other_sizes() -> None:
 
 
 def test_held_out_chapters_are_in_no_passage(tmp_path: Path) -> None:
-    chapters = [f"chapter{i} " * 200 for i in range(24)]
+    chapters = [f"chapter{i} " * 600 for i in range(24)]
     prepare.write_text(tmp_path, [], chapters, passages=20, weight=0.5)
     learned = (tmp_path / "english.json").read_text()
     held_out = set((tmp_path / "held-out.txt").read_text().split())
@@ -206,3 +206,6 @@ def test_held_out_chapters_are_in_no_passage(tmp_path: Path) -> None:
     assert not held_out & set(learned.replace('"', " ").split())
     records = json.loads(learned)
     assert len(records) == 20 and {record["weight"] for record in records} == {0.5}
+    # As long as the windows in which English is measured, at about 1.3 tokens a word.
+    shortest = min(len(record["conversations"][1]["value"].split()) for record in records)
+    assert 1.3 * shortest > 0.9 * training.WINDOW
