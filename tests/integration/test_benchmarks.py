@@ -195,12 +195,12 @@ def test_a_device_waits_for_a_slow_reader_only(tmp_path: Path) -> None:
     each = schedule.samples_per_step
     paced = ranks.load(feed, 0, lambda: None)
     assert paced.images == 7 * each  # of 10 steps, two read ahead; the last one ends the time
-    assert paced.wall_s >= 7 * each / 60 > paced.wait_s * 2
-    assert -1e-9 <= paced.idle(60) < 0.5
+    assert paced.wall_s >= 0.98 * 7 * each / 60 > paced.wait_s * 2
+    assert 0 <= paced.idle < 0.5
     fast = ranks.load(replace(feed, rate=60_000), 0, lambda: None)
     assert fast.wall_s >= 7 * 0.02
     assert fast.waits > 0.5
-    assert fast.idle(60_000) > 0.9
+    assert fast.idle > 0.9
 
 
 def test_when_a_cache_has_paid() -> None:

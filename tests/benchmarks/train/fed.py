@@ -7,9 +7,10 @@ Each of 1, 4 and 8 ranks takes 300 images/s of 576 tokens, or 800 of 144 tokens 
     cold      on the disk: written out, and dropped from the page cache by posix_fadvise(DONTNEED)
     remote    on a web server, 30 ms away, on the same machine; the loader keeps what it fetches, as always
 
-`waits` is the share of a rank's time in its loader's `next`, of the rank that waits most; `idle` adds that
-the host wakes late. Both are required: on busy cores a device that wakes late finds its rows ready, and its
-`waits` alone would say that it is fed. A device that takes no time shows the most that 8 loaders can do.
+`waits` is the share of a rank's time in its loader's `next`, of the rank that waits most; `idle` that in
+which its device has nothing to do, also because the host wakes late. Both are required: on busy cores a host
+that wakes late finds its rows ready, and its `waits` alone would say that the device is fed. A device that
+takes no time shows the most that 8 loaders can do.
 
 A request fetches one row, since a schedule's rows are in random places. With 30 ms to an answer, 800 rows/s
 keep 24 of a reader's 32 connections busy (`RetryPolicy.connections`); 16 could not fetch more than 533.
@@ -248,7 +249,7 @@ def report(
     lines = []
     for case, taken in sorted(turns.items(), key=lambda item: order(item[0])):
         waits = statistics.median(max(one.waits for one in turn.fed) for turn in taken)
-        idle = statistics.median(max(one.idle(size.rate) for one in turn.fed) for turn in taken)
+        idle = statistics.median(max(one.idle for one in turn.fed) for turn in taken)
         asked = size.rate * case.ranks
         # Where the disk or the network must hold out, one device is required, and more are shown.
         if case.paced and (case.place == "warm" or case.ranks == 1):

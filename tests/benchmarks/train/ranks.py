@@ -1,9 +1,9 @@
 """Processes that each load the rows of one device, whose computing is a sleep.
 
-A rank is forked, as it costs nothing to start, and reads the same cache as the others. Its device is given a
-micro-batch, sleeps for images / rate seconds, and asks for the next one. The clock runs from the first
-micro-batch after as many as the loader reads ahead, until the time is over or no row is left that has not
-been read before.
+A rank is forked, as it costs nothing to start, and reads the same cache as the others. Its device takes
+images / rate seconds for a micro-batch. As on a GPU, the rank asks for the next one while the device
+computes: as soon as it has begun. The clock runs from the first micro-batch after as many as the loader reads
+ahead, until the time is over or no row is left that has not been read before.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Fed:
     """Seconds in which it took them."""
     wait_s: float
     """Seconds in which it waited for the loader."""
+    idle_s: float
+    """Seconds in which its device had nothing to do."""
     cpu_s: float
     """Seconds of processor time of the process, all threads."""
     disk_bytes: int
@@ -75,9 +77,10 @@ class Fed:
         """Share of the time in which the rank waited for rows."""
         return self.wait_s / self.wall_s
 
-    def idle(self, rate: float) -> float:
-        """Share of the time in which the device had nothing to do: also when the host woke late."""
-        return 1 - self.images / rate / self.wall_s
+    @property
+    def idle(self) -> float:
+        """Share of the time in which the device had nothing to do."""
+        return self.idle_s / self.wall_s
 
 
 def feed(wanted: Feed) -> tuple[list[Fed], float]:
@@ -133,7 +136,8 @@ def load(wanted: Feed, rank: int, ready: Callable[[], object]) -> Fed:
     )
     assert wanted.steps >= 3, "too few rows to measure with"
     first = min(wanted.ahead, wanted.steps // 2)
-    images, waits, started, received = 0, 0.0, 0.0, 0.0
+    images, waits, idle, started, received = 0, 0.0, 0.0, 0.0, 0.0
+    done = 0.0  # when the device has computed what it was given
     cpu = disk = taken = 0.0
     ready()
     with loader:
@@ -143,17 +147,20 @@ def load(wanted: Feed, rank: int, ready: Callable[[], object]) -> Fed:
                 started, cpu, disk = received, time.process_time(), disk_bytes()
             elif number > first:
                 images, waits = images + int(taken), waits + micro.wait_s
+                idle += max(0.0, received - done)
                 if received - started >= wanted.seconds:
                     break
             taken = sum(map(len, micro.codes.values()))
             if wanted.rate:
-                until = received + taken / wanted.rate
-                time.sleep(max(0.0, until - time.perf_counter()))
+                begun = max(done, received)
+                done = begun + taken / wanted.rate
+                time.sleep(max(0.0, begun - time.perf_counter()))
         used, read = time.process_time() - cpu, disk_bytes() - disk
     return Fed(
         images=images,
         wall_s=received - started,
         wait_s=waits,
+        idle_s=idle,
         cpu_s=used,
         disk_bytes=int(read),
     )
