@@ -8,9 +8,8 @@ Each of 1, 4 and 8 ranks takes 300 images/s of 576 tokens, or 800 of 144 tokens 
     remote    on a web server, 30 ms away, on the same machine; the loader keeps what it fetches, as always
 
 `waits` is the share of a rank's time in its loader's `next`, of the rank that waits most; `idle` that in
-which its device has nothing to do, also because the host wakes late. Both are required: on busy cores a host
-that wakes late finds its rows ready, and its `waits` alone would say that the device is fed. A device that
-takes no time shows the most that 8 loaders can do.
+which its device has nothing to do, also because the host wakes late. The latter is required: a rank may wait
+while its device computes. A device that takes no time shows the most that 8 loaders can do.
 
 A request fetches one row, since a schedule's rows are in random places. With 30 ms to an answer, 800 rows/s
 keep 24 of a reader's 32 connections busy (`RetryPolicy.connections`); 16 could not fetch more than 533.
@@ -254,7 +253,6 @@ def report(
         # Where the disk or the network must hold out, one device is required, and more are shown.
         if case.paced and (case.place == "warm" or case.ranks == 1):
             name = f"{size.name}, {case.place}, {case.ranks} x {size.rate}/s"
-            requirements.at_most(f"{name}: waits", waits, ALLOWED)
             requirements.at_most(f"{name}: idle", idle, ALLOWED)
         cells = [size.name, case.place, str(case.ranks)]
         cells += [f"{asked:,}" if case.paced else "all", f"{median(taken, 'rate'):,.0f}"]
@@ -288,7 +286,7 @@ def is_free_from(case: Case, place: str) -> bool:
 
 def limit(case: Case, taken: list[Turn], waits: float, idle: float) -> str:
     """Return what more rows a second would need; nothing, if the device is fed."""
-    if case.paced and max(waits, idle) <= ALLOWED:
+    if case.paced and idle <= ALLOWED:
         return ""
     if median(taken, "busy") >= BUSY:
         return "processor"
