@@ -438,10 +438,11 @@ def test_a_job_probes_few_of_its_files_and_a_plan_alone_more(
 
     monkeypatch.setattr("encode.job.probe", recorded)
     monkeypatch.setattr("encode.job.PROBED", 40)
+    monkeypatch.setattr("encode.job.SOURCES_A_PROBE", 2)
     draw(tmp_path / "photos", 60)
     result = encode(tmp_path / "cache", f"folder:{tmp_path / 'photos'}")
     assert result.reader.rows("image") == 60
     plan = result.plan
     for videos, alone in ((0, False), (0, True), (21, False)):
         result.job.show(dataclasses.replace(plan, untimed=videos), always_measure=alone)
-    assert counts == [20, 20, 40, 40]
+    assert counts == [30, 30, 40, 40]
