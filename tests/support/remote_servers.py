@@ -61,8 +61,12 @@ class LocalServer:
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
-        self._server.server_close()
+        self.close()
         self._thread.join()
+
+    def close(self) -> None:
+        """Stop listening, where this process does not serve."""
+        self._server.server_close()
 
     def record(self, path: str, span: str | None) -> str | None:
         """Record a request; return how it is to fail, or None."""
@@ -185,6 +189,10 @@ class WebServer(LocalServer):
         """Path prefix -> what answers instead."""
         self.headers: list[dict[str, str]] = []
         """Headers of all requests."""
+
+    def share(self) -> None:
+        """Let several forked processes serve: one that another was faster than goes on."""
+        self._server.socket.setblocking(False)
 
 
 # ---- bytes of any kind
