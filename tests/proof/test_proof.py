@@ -156,6 +156,14 @@ def test_a_step_runs_once_and_another_recipe_is_refused(tmp_path: Path) -> None:
         Work(tmp_path, {"a": 2})
 
 
+def test_a_second_call_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    first = Work(tmp_path, {})
+    with pytest.raises(UserError, match="another call is at work here; wait for it"):
+        Work(tmp_path, {})
+    del first
+    Work(tmp_path, {})
+
+
 def test_a_command_that_fails_is_named_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

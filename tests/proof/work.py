@@ -7,6 +7,7 @@ product's own, in processes of their own, and are printed before they run.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -64,14 +65,21 @@ class Work:
     """A folder of results."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """Take up the folder.
+        """Take up the folder, and hold its lock until this object goes.
 
         Raises:
-            UserError: its results are of another recipe.
+            UserError: its results are of another recipe, or another call is at work there.
         """
         self.folder = folder
         self.recipe = recipe
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another call is at work here; wait for it, or --folder DIR"
+            ) from None
         saved = folder / "recipe.json"
         text = json.dumps(recipe, indent=1, sort_keys=True) + "\n"
         if saved.exists() and saved.read_text(encoding="utf-8") != text:

@@ -29,7 +29,7 @@ from train.data.schedule import TrainingSchedule
 START_S = 120.0
 """Seconds within which all ranks must be ready, and more than any of them may wait for rows."""
 SERVERS = 2
-"""Processes of the web server: one alone answers 600 requests a second at most, bound by Python's lock."""
+"""Processes of the web server: bound by Python's lock, one alone answers fewer requests than a device asks."""
 FORK = multiprocessing.get_context("fork")
 
 
