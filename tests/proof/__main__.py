@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder or Path("runs/proof-quick" if options.quick else "runs/proof")
     work = Work(folder, recipe(options.quick))
     begun = time.monotonic()
-    lines = prove(work, options)
+    with work.alone():
+        lines = prove(work, options)
     rows = [(line.name, line.measured, line.required, line.verdict) for line in lines]
     print("\n" + table_text(("", "measured", "required", ""), rows))
     page = report.write(work, lines)

@@ -157,11 +157,11 @@ def test_a_step_runs_once_and_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_call_at_the_same_time_is_refused(tmp_path: Path) -> None:
-    first = Work(tmp_path, {})
-    with pytest.raises(UserError, match="another call is at work here; wait for it"):
-        Work(tmp_path, {})
-    del first
-    Work(tmp_path, {})
+    work = Work(tmp_path, {})
+    with work.alone(), pytest.raises(UserError, match="another call is at work here; wait"):
+        work.alone().__enter__()
+    with work.alone():
+        pass
 
 
 def test_a_command_that_fails_is_named_in_one_line(

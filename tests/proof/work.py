@@ -6,6 +6,7 @@ product's own, in processes of their own, and are printed before they run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,21 +66,14 @@ class Work:
     """A folder of results."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """Take up the folder, and hold its lock until this object goes.
+        """Take up the folder.
 
         Raises:
-            UserError: its results are of another recipe, or another call is at work there.
+            UserError: its results are of another recipe.
         """
         self.folder = folder
         self.recipe = recipe
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another call is at work here; wait for it, or --folder DIR"
-            ) from None
         saved = folder / "recipe.json"
         text = json.dumps(recipe, indent=1, sort_keys=True) + "\n"
         if saved.exists() and saved.read_text(encoding="utf-8") != text:
@@ -88,6 +82,22 @@ class Work:
                 "the command again"
             )
         write_atomic(saved, text.encode())
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder's lock.
+
+        Raises:
+            UserError: another call is at work there.
+        """
+        with (self.folder / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.folder}: another call is at work here; wait for it, or --folder DIR"
+                ) from None
+            yield
 
     def step(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what a step has found; compute it unless an earlier call did."""
