@@ -29,7 +29,7 @@ from train.data.schedule import TrainingSchedule
 START_S = 120.0
 """Seconds within which all ranks must be ready, and more than any of them may wait for rows."""
 SERVERS = 2
-"""Processes of the web server: bound by Python's lock, one alone answers fewer requests than a device asks."""
+"""Processes of the web server: Python's lock binds one alone below the pace of a device."""
 FORK = multiprocessing.get_context("fork")
 
 
