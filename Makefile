@@ -36,7 +36,7 @@ test: lint
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak_counted or hypothesis" --soak -s
 
-# The whole with real models: docs/BENCHMARKS.md. Downloads 260 MB once; over two hours, and 10 minutes.
+# The whole with real models: docs/BENCHMARKS.md. Downloads 260 MB once; over two hours, and 20 minutes.
 proof: .venv/.proof
 	$(BIN)/python -m tests.proof
 

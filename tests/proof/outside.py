@@ -29,8 +29,8 @@ PACKAGES = ("torch", "torchvision", "transformers", "pillow")
 def leave(work: Work, space: str, environment: Path) -> dict[str, Any]:
     """Export the main run, ask it in a clean environment, and compare with our answers in float32.
 
-    Both run the tower. From stored features, which are rounded to float16, we may answer otherwise where the
-    two likeliest tokens are within 0.01 of each other: how often is a line of its own.
+    Both run the tower, so that only the export is compared. Our answers from stored features are a line of
+    their own: rounding to float16 may turn one whose two likeliest tokens are nearly alike.
     """
     exported = work.folder / "exported"
     shutil.rmtree(exported, ignore_errors=True)

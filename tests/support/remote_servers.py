@@ -191,7 +191,7 @@ class WebServer(LocalServer):
         """Headers of all requests."""
 
     def share(self) -> None:
-        """Let several forked processes serve: one that another was faster than goes on."""
+        """Let several forked processes serve: `accept` no longer blocks where another was faster."""
         self._server.socket.setblocking(False)
 
 
