@@ -61,6 +61,7 @@ class RemoteReader(FeatureReader):
         self._store, self._policy, self._rows = store, policy, rows
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._names: dict[tuple[str, int], str] = {}
         self.stats = ReadStats()
 
     def cancel_reads(self) -> None:
@@ -168,4 +169,8 @@ class RemoteReader(FeatureReader):
 
     def _name(self, array: str, shard: int) -> str:
         """Return the name of a shard's file, relative to the root of the cache."""
-        return self.paths.shard(array, shard).relative_to(self.path.parent.parent).as_posix()
+        # Kept: building a path takes longer than anything else that Python does for a row.
+        if (array, shard) not in self._names:
+            path = self.paths.shard(array, shard).relative_to(self.path.parent.parent)
+            self._names[array, shard] = path.as_posix()
+        return self._names[array, shard]

@@ -109,7 +109,7 @@ class RowCache:
             self._full_until = float("inf")
 
     def _path(self, array: str, row: int, crc: int) -> Path:
-        return self._folder / array / f"{row >> 10:x}" / f"{row:x}-{crc:08x}"
+        return self._folder / f"{array}/{row >> 10:x}/{row:x}-{crc:08x}"
 
     def _reserve(self, nbytes: int) -> bool:
         """Count a row of `nbytes` as stored, or return False when there is no room for it."""

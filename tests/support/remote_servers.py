@@ -61,12 +61,8 @@ class LocalServer:
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
-        self.close()
-        self._thread.join()
-
-    def close(self) -> None:
-        """Stop listening, where this process does not serve."""
         self._server.server_close()
+        self._thread.join()
 
     def record(self, path: str, span: str | None) -> str | None:
         """Record a request; return how it is to fail, or None."""
@@ -189,10 +185,6 @@ class WebServer(LocalServer):
         """Path prefix -> what answers instead."""
         self.headers: list[dict[str, str]] = []
         """Headers of all requests."""
-
-    def share(self) -> None:
-        """Let several forked processes serve: `accept` no longer blocks where another was faster."""
-        self._server.socket.setblocking(False)
 
 
 # ---- bytes of any kind

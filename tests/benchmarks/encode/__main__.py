@@ -4,8 +4,8 @@ python -m tests.benchmarks.encode                 # twenty minutes on two free c
 python -m tests.benchmarks.encode --only cheap    # or: vit-l, gpu, conversion
 python -m tests.benchmarks.encode --small         # the same code, tiny: figures mean nothing
 
-The photographs are real, saved with 400 to 2,000 pixels. Other libraries are used where they are installed,
-here or in `--environment`.
+The photographs are real, saved with 400 to 2,000 pixels. Other libraries are used where they are installed:
+peers.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ class Options(bench.Options):
     """Turns of each case."""
     images: int = 900
     """Photographs of a long job."""
-    environment: Path = Path("~/.cache/nanomolmo2/bench/encode")
-    """Environment with other libraries."""
 
 
 def measure(options: Options, folder: Path, requirements: Requirements) -> None:
@@ -54,7 +52,7 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
     print(f"{count} photographs, {size / count / 1e3:.0f} KB each", flush=True)
     if options.only in ("", "cheap"):
         photos = Photos.of(folder / "cheap", paths, count // 4, count)
-        found = peers.available(photos, bound.CHEAP, options.environment)
+        found = peers.available(photos, bound.CHEAP)
         bound.measure_cheap(photos, rounds, found, requirements)
     if options.only in ("", "gpu"):
         photos = Photos.of(folder / "gpu", paths, count // 4, count)

@@ -1,4 +1,4 @@
-"""One other library that encodes photographs: `peers.py` starts this script, also in other environments.
+"""One other library that encodes photographs, in a process of its own: `peers.py` starts this script.
 
 The first argument names a function. Without input it imports the library alone; exit code 3: not installed.
 With a job as JSON on standard input it encodes the short and the long list of photographs, and prints

@@ -1,9 +1,9 @@
 """Other libraries that encode the same photographs, decoded the same way, with the same tower.
 
-Each runs `peer_loops.py` in its own process, by this interpreter or by that of another environment:
+Each runs `peer_loops.py` in its own process. Those of them that are not installed are left out:
 
-    python -m venv ~/.cache/nanomolmo2/bench/encode
-    ~/.cache/nanomolmo2/bench/encode/bin/pip install -e '.[bench]' clip-retrieval
+    pip install -e '.[bench]'
+    pip install --no-deps clip-retrieval     # of what it depends on, a package no longer builds
 """
 
 from __future__ import annotations
@@ -31,30 +31,20 @@ PEERS = {
 """Function of peer_loops.py -> what it is."""
 
 
-class NotInstalledError(Exception):
-    """The library is in no environment."""
-
-
-def available(
-    photos: Photos, config: EncoderConfig, environment: Path
-) -> dict[str, Callable[[], Speed]]:
+def available(photos: Photos, config: EncoderConfig) -> dict[str, Callable[[], Speed]]:
     """Return the peers that are installed, after printing which are not."""
-    python = environment.expanduser() / "bin" / "python"
-    interpreters = [sys.executable, *([str(python)] if python.exists() else [])]
     found: dict[str, Callable[[], Speed]] = {}
     for peer, name in PEERS.items():
-        for interpreter in interpreters:
-            done = _run(interpreter, peer)
-            if done.returncode == 0:
-                found[name] = partial(measure, interpreter, peer, photos, config)
-                break
+        done = _run(peer)
+        if done.returncode == 0:
+            found[name] = partial(measure, peer, photos, config)
         else:
             why = done.stderr.strip().splitlines()[-1:] or ["no reason"]
             print(f"{name}: not installed ({why[0]})", flush=True)
     return found
 
 
-def measure(interpreter: str, peer: str, photos: Photos, config: EncoderConfig) -> Speed:
+def measure(peer: str, photos: Photos, config: EncoderConfig) -> Speed:
     """Run a peer on the short and the long list.
 
     Raises:
@@ -66,17 +56,17 @@ def measure(interpreter: str, peer: str, photos: Photos, config: EncoderConfig) 
         "folder": str(photos.folder / "peer"),
         "encoder": asdict(config),
     }
-    done = _run(interpreter, peer, json.dumps(job))
+    done = _run(peer, json.dumps(job))
     if done.returncode:
         raise SystemExit(f"{peer}: {done.stderr}")
     taken = json.loads(done.stdout.splitlines()[-1])
     return Speed.of((len(photos.short), taken["short"]), (len(photos.long), taken["long"]))
 
 
-def _run(interpreter: str, peer: str, job: str = "") -> subprocess.CompletedProcess[str]:
+def _run(peer: str, job: str = "") -> subprocess.CompletedProcess[str]:
     script = Path(__file__).with_name("peer_loops.py")
     return subprocess.run(
-        [interpreter, str(script), peer],
+        [sys.executable, str(script), peer],
         input=job,
         capture_output=True,
         text=True,

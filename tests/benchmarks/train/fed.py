@@ -39,6 +39,7 @@ from cache.store.space import find_space
 from model.language.model import load_tokenizer
 from tests.benchmarks.bench import Requirements, forget
 from tests.benchmarks.train import ranks as processes
+from tests.benchmarks.train.far_server import serve
 from tests.benchmarks.train.models import Scale
 from tests.benchmarks.train.ranks import Fed, Feed
 from tests.gpu.worlds import World
@@ -171,7 +172,7 @@ class Feeder:
             server, mirror = None, self.world.folder / "mirror"
             open_reader: Callable[[], FeatureReader] = partial(FeatureReader, self.space)
             if case.place == "remote":
-                server = stack.enter_context(processes.serve(self.world.root.path, LATENCY_S))
+                server = stack.enter_context(serve(self.world.root.path, LATENCY_S))
                 stack.callback(shutil.rmtree, mirror, ignore_errors=True)
                 cache = RemoteCache(server.url, RemoteOptions(mirror=mirror))
                 processes.in_a_process(lambda: cache.open_reader(None))  # copies the tables

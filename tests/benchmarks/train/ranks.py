@@ -10,26 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
 from cache.store.reader import FeatureReader
-from tests.support.remote_servers import WebServer
 from train.data.loader import FeatureLoader
 from train.data.schedule import TrainingSchedule
 
 START_S = 120.0
 """Seconds within which all ranks must be ready, and more than any of them may wait for rows."""
-SERVERS = 2
-"""Processes of the web server: Python's lock binds one alone below the pace of a device."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -172,48 +167,6 @@ def disk_bytes() -> int:
     """Return the bytes that this process has read from disks, and not from the page cache."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
-
-
-# ---- the other end of a network
-
-
-@dataclass(frozen=True)
-class Server:
-    """A web server in processes of its own."""
-
-    url: str
-    pids: list[int]
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time that it has used."""
-        lines = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1] for pid in self.pids]
-        ticks = sum(int(tick) for line in lines for tick in line.split()[11:13])  # user and system
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def serve(folder: Path, latency_s: float) -> Iterator[Server]:
-    """Serve a folder over HTTP from this machine, each answer `latency_s` late."""
-    server = WebServer(folder)
-    server.latency_s = latency_s
-    server.share()
-    pairs = [FORK.Pipe() for _ in range(SERVERS)]
-    processes = [FORK.Process(target=_serve, args=(server, theirs)) for _, theirs in pairs]
-    for process in processes:
-        process.start()
-    try:
-        yield Server(server.url, [process.pid for process in processes if process.pid])
-    finally:
-        for ours, _ in pairs:
-            ours.send(None)
-        for process in processes:
-            process.join()
-        server.close()
-
-
-def _serve(server: WebServer, end: Connection) -> None:
-    with server:
-        end.recv()
 
 
 def in_a_process(work: Callable[[], object]) -> None:
