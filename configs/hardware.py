@@ -1,4 +1,4 @@
-"""The cores of this machine; and the hardware presets of configs/train.yaml, each for a card or several.
+"""The cores of this machine, memory that is kept, and the presets of configs/train.yaml for cards.
 
     on_hardware(stage, presets["2x40gb"])["gradient_accumulation_steps"]    # twice the stage's
 
@@ -7,6 +7,7 @@ Torch is not imported here, so that reading a command line stays fast.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from configs.command_line import CommandLine, command_text
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of cores in each period, as `docker run --cpus` sets them for a container."""
+
+KEPT_BYTES = 128 << 20
+"""Freed memory that `keep_memory` lets a process keep, at most."""
+BUFFER_BYTES = 32 << 20
+"""Larger buffers go back to the system in any case: the most that glibc accepts."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 BATCHES_FOR = 4
 """GPUs for which configs/train.yaml states the batches of the stages."""
@@ -33,6 +40,18 @@ def cores() -> int:
         return max(1, min(count, round(int(quota) / int(period))))
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`: no quota
         return count
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed buffers for the next ones, if it is glibc; unless MALLOC_... is set.
+
+    Otherwise it returns them to the system, and a job gets thousands of fresh pages for each image that it
+    decodes and encodes: 8 of 66 ms of processor time (small tower, virtual machine, 2026-11-27).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, BUFFER_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from cache.store.files import disk_full
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from configs.command_line import CommandLine
+from configs.hardware import keep_memory
 from encode.datasets import Reading, listing, parts, read_datasets
 from encode.download.config import DownloadConfig
 from encode.driver.cluster import LOCAL, cluster_address
@@ -261,6 +262,7 @@ def encode(
         return 0
 
     spin_briefly()
+    keep_memory()
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from configs.signals import Interrupts
     from encode.driver.resources import choose_layout

@@ -27,6 +27,7 @@ from cache.format.spec import ARRAYS
 from cache.store.paths import SpacePaths
 from cache.store.space import Present, Space
 from configs import UserError, one_line
+from configs.hardware import keep_memory
 from encode.driver import cluster
 from encode.driver.cluster import Proof, check_answers, connection_error, look
 from encode.driver.ray_session import LOOPBACK, private_folder, ray_environment
@@ -59,6 +60,7 @@ class RemoteWorker:
     def __init__(self) -> None:
         """Set what torch reads when the arguments of `start` import it."""
         spin_briefly()
+        keep_memory()
 
     def start(
         self, config: WorkerConfig, number: int, registrar: Any, worker_class: type[Worker]

@@ -129,7 +129,9 @@ def measure_speed(encoder: VisionEncoder, spec: FeatureSpec, device: torch.devic
     side = spec.image_size
     blank = [np.zeros((side, side, 3), np.uint8)] * spec.batch_size
     seconds = cpu_s = 0.0
-    with contextlib.closing(Pipeline[None](encoder, spec.codec)) as pipeline:
+    # One batch alone has all threads of a CPU: with half of them, that of a large tower takes twice as long.
+    pipeline = Pipeline[None](encoder, spec.codec, side_by_side=False)
+    with contextlib.closing(pipeline):
         # On a GPU a batch is copied while another one is encoded, so one alone takes longer.
         for count in (1, GPU_BATCHES if device.type == "cuda" else 1):
             start, cpu = time.perf_counter(), time.process_time()

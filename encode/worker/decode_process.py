@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from configs.hardware import keep_memory
 from model.media.fit import InputFit
 from model.media.images import BadMediaError, DecodedImage, decoding_bytes, image_size
 from model.media.video import frames
@@ -364,6 +365,7 @@ def main(parent: int, socket_fd: int, memory_fd: int) -> None:
         memory_fd: the memory that both share.
     """
     end_with_parent(parent)
+    keep_memory()
     channel = Channel(socket.socket(fileno=socket_fd))
     with contextlib.suppress(GoneError):
         setup = channel.request()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -119,21 +120,49 @@ def test_no_buffer_is_used_again_before_its_batch_is_done(
     batches = [
         (inputs(BATCH - seed % 2, seed), ("image", "frame")[seed % 3 == 0]) for seed in range(7)
     ]
-    done = through(Pipeline(encoder, "int8"), *batches)
+    done = through(Pipeline(encoder, "int8", side_by_side=False), *batches)
     for one, (pixels, array) in zip(done, batches, strict=True):
         assert np.array_equal(one.rows, expected(encoder, pixels, "int8", array))
+
+
+def test_a_cpu_computes_two_batches_side_by_side(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has half of the threads, and waits here until the other one computes too."""
+    together, threads = threading.Barrier(2, timeout=30), []
+    original = encoder.features
+
+    def features(pixels: torch.Tensor, array: str) -> Any:
+        threads.append(torch.get_num_threads())
+        together.wait()
+        return original(pixels, array)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with contextlib.closing(Pipeline[int](encoder, "int8")) as pipeline:
+            monkeypatch.setattr(encoder, "features", features)
+            done = through(pipeline, *[(inputs(BATCH, seed), "image") for seed in range(4)])
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.undo()
+    assert [one.label for one in done] == list(range(4)) and threads == [2] * 4
+    for one in done:
+        pixels = inputs(BATCH, one.label)
+        assert np.array_equal(one.rows, expected(encoder, pixels, "int8", "image"))
 
 
 # ---- failures
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("way", ["side by side", "at once", "late"])
 @pytest.mark.parametrize("broken", [0, 1, 2, 4])
 def test_a_batch_that_fails_takes_no_other_with_it(
-    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch, broken: int, late: bool
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch, broken: int, way: str
 ) -> None:
     """Out of memory when it is started, or a kernel's error when its rows are waited for."""
-    if late:
+    if way == "late":
         monkeypatch.setattr(pipelines, "_Copies", Late)
     batches = [(inputs(BATCH, seed), "image") for seed in range(5)]
     bad = int(np.stack(batches[broken][0]).sum())
@@ -145,7 +174,8 @@ def test_a_batch_that_fails_takes_no_other_with_it(
         return original(pixels, array)
 
     monkeypatch.setattr(encoder, "features", features)
-    done = through(Pipeline(encoder, "int8"), *batches)
+    pipeline: Pipeline[int] = Pipeline(encoder, "int8", side_by_side=way == "side by side")
+    done = through(pipeline, *batches)
     monkeypatch.undo()
     assert [one.label for one in done] == list(range(5))
     for one, (pixels, _) in zip(done, batches, strict=True):
@@ -237,7 +267,7 @@ def test_a_batch_asks_for_no_value(
     encoder = load_encoder(TOWERS[tower], device="cpu", random_weights=tower != "demo")
     pixels = list(tiny_clip.noise(2, encoder.tower.image_size))
     rows = expected(encoder, pixels, codec, array)  # also makes the constants of the codec
-    pipeline: Pipeline[int] = Pipeline(encoder, codec)
+    pipeline: Pipeline[int] = Pipeline(encoder, codec, side_by_side=False)
     with as_on_a_gpu(monkeypatch), Asked() as asked:
         assert pipeline.put(pixels, array, 0) == []
     assert len(asked.names) > 20 and asked.waits == []
@@ -327,7 +357,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 def test_the_copies_of_a_gpu_are_in_order_and_use_their_memory_again(
     encoder: VisionEncoder, cuda: Cuda
 ) -> None:
-    pipeline: Pipeline[int] = Pipeline(encoder, "int8")
+    pipeline: Pipeline[int] = Pipeline(encoder, "int8", side_by_side=False)
     allocated = ["pinned", "up waits for compute"]
     assert cuda.said == 2 * allocated
     batches = [(inputs(BATCH - seed, seed), "image") for seed in range(4)]
@@ -363,7 +393,7 @@ def test_the_copies_of_a_gpu_are_in_order_and_use_their_memory_again(
 
 
 def test_an_error_of_a_kernel_is_found_with_its_batch(encoder: VisionEncoder, cuda: Cuda) -> None:
-    pipeline: Pipeline[int] = Pipeline(encoder, "int8")
+    pipeline: Pipeline[int] = Pipeline(encoder, "int8", side_by_side=False)
     pipeline.put(inputs(2), "image", 0)
     pipeline.put(inputs(3, 1), "image", 1)
 
