@@ -164,7 +164,7 @@ def test_the_encode_benchmark_measures_jobs_beside_their_parts(
         jobs.run(photos.folder / "short", 5, "--workers", "0")
     capsys.readouterr()
     monkeypatch.setattr(peers, "PEERS", {"clip_retrieval": "clip-retrieval"})
-    found_here = peers.available(photos, bound.CHEAP, tmp_path)
+    found_here = peers.available(photos, bound.CHEAP)
     missing = "clip-retrieval: not installed (No module named 'clip_retrieval')\n"
     assert capsys.readouterr().out == ("" if found_here else missing)
 

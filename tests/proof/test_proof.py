@@ -207,10 +207,13 @@ def test_quick_is_the_whole_with_other_sizes() -> None:
 
 def test_held_out_chapters_are_in_no_passage(tmp_path: Path) -> None:
     chapters = [f"chapter{i} " * 600 for i in range(24)]
-    prepare.write_text(tmp_path, [], chapters, passages=20, weight=0.5)
+    addresses = [f"address{i}" for i in range(233)]
+    prepare.write_text(tmp_path, [], chapters, addresses, passages=20, weight=0.5)
     learned = (tmp_path / "english.json").read_text()
-    held_out = set((tmp_path / "held-out.txt").read_text().split())
+    texts = json.loads((tmp_path / "texts.json").read_text())
+    held_out = set(" ".join(texts["chapters"]).split())
     assert held_out == {"chapter7", "chapter15", "chapter23"}
+    assert texts["addresses"] == addresses[: 16 * 14 : 14] and "address" not in learned
     assert not held_out & set(learned.replace('"', " ").split())
     records = json.loads(learned)
     assert len(records) == 20 and {record["weight"] for record in records} == {0.5}

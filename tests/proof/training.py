@@ -290,43 +290,57 @@ def english(work: Work, without_text: float) -> dict[str, Any]:
 
     `without_text`: perplexity of the short training without text.
     """
-    before = english_perplexity(work, None, 0)
-    frozen, mixed = (english_perplexity(work, MAIN, stage) for stage in (1, 2))
+    chapters = {
+        stage: english_perplexity(work, MAIN if stage else None, stage) for stage in (0, 1, 2)
+    }
+    addresses = [english_perplexity(work, run, 2, "addresses") for run in (None, MAIN)]
 
-    def line(name: str, figure: float, required: bool) -> Line:
+    def line(name: str, figure: float, before: float, required: bool = False) -> Line:
         change = figure / before - 1
         need = "<= +5 %" if required else ""
         return Line(name, f"{figure:.2f} ({change:+.1%})", need, change <= 0.05)
 
+    frozen, mixed = "after stage 1, language model frozen", "after stage 2, text mixed in"
     lines = [
-        Line("English: perplexity of held-out chapters, before", f"{before:.2f}", ""),
-        line("English: after stage 1, language model frozen", frozen, True),
-        line("English: after stage 2, text mixed in", mixed, True),
-        line("English: a training without text", without_text, False),
+        Line("English: perplexity of held-out chapters, before", f"{chapters[0]:.2f}", ""),
+        line(f"English: {frozen}", chapters[1], chapters[0], required=True),
+        line(f"English: {mixed}", chapters[2], chapters[0], required=True),
+        line("English: a training without text", without_text, chapters[0]),
+        Line("English of another kind, before", f"{addresses[0]:.2f}", ""),
+        line(f"English of another kind: {mixed}", addresses[1], addresses[0]),
     ]
     return {"lines": [as_json(line) for line in lines]}
 
 
-def english_perplexity(work: Work, run: str | None, stage: int) -> float:
-    """Return the perplexity of the held-out chapters under a run's language model; of None, untrained."""
+def english_perplexity(work: Work, run: str | None, stage: int, kind: str = "chapters") -> float:
+    """Return the perplexity of held-out texts under a run's language model; of None, untrained.
+
+    Args:
+        work: the proof.
+        run: a folder of the proof.
+        stage: of the run.
+        kind: of the texts: `chapters` of the book that is trained on, or `addresses`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = work.folder / "models" / "language"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = (work.folder / "data" / "held-out.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text, return_tensors="pt").input_ids[0][: work.recipe["perplexity_tokens"]]
-    losses: list[float] = []
+    saved = (work.folder / "data" / "texts.json").read_text(encoding="utf-8")
+    texts = json.loads(saved)[kind]
+    each = work.recipe["perplexity_tokens"] // len(texts)
+    ids = [tokenizer(text, return_tensors="pt").input_ids[0][:each] for text in texts]
     if run is None:
         language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return _perplexity(language, ids, losses)
+        return _perplexity(language, ids)
     vlm, _, _ = load_final(find_run(str(work.folder / run), stage))
     with generation_mode(vlm):
-        return _perplexity(vlm.language, ids, losses)
+        return _perplexity(vlm.language, ids)
 
 
 @torch.inference_mode()
-def _perplexity(language: Any, ids: torch.Tensor, losses: list[float]) -> float:
-    for window in ids.split(WINDOW):
+def _perplexity(language: Any, texts: Sequence[torch.Tensor]) -> float:
+    losses: list[float] = []
+    for window in (window for ids in texts for window in ids.split(WINDOW)):
         logits = language(input_ids=window[None], use_cache=False).logits[0, :-1].float()
         losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
     return perplexity(losses)
