@@ -193,7 +193,8 @@ def check_job(lines: Lines, scale: Scale, folder: Path) -> None:
     for path in images.iterdir():
         expected = exact.encode(exact.prepare(decode_image(path.read_bytes()))[None])[0]
         errors.append(difference(torch.from_numpy(np.asarray(cache[path])), expected))
-    limit = LIMITS[native_dtype(scale.device)]
+    # Rows are float16, with 11 bits.
+    limit = max(LIMITS[native_dtype(scale.device)], 2**-11)
     lines.at_most("encode.run: stored rows, off float32 on the CPU", max(errors), limit)
     lines.equal("encode.run: rows", len(errors), len(cache))
 

@@ -252,7 +252,7 @@ def report(
         waits = statistics.median(max(one.waits for one in turn.fed) for turn in taken)
         idle = statistics.median(max(one.idle for one in turn.fed) for turn in taken)
         asked = size.rate * case.ranks
-        # Of the disk one device is required, and more are shown. Behind a server none is: it shares the cores.
+        # Of the disk one device is required, and more are shown; behind a server on these cores none is.
         if case.paced and (case.place == "warm" or (case.place == "cold" and case.ranks == 1)):
             name = f"{size.name}, {case.place}, {case.ranks} x {size.rate}/s"
             requirements.at_most(f"{name}: idle", idle, ALLOWED)
