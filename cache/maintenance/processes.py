@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from cache.errors import LostProcessError
 from cache.maintenance.convert_rows import Conversion, Rows
+from configs.hardware import keep_memory
 
 END_S = 10.0
 """Seconds in which a process that is idle must end."""
@@ -232,6 +233,7 @@ def _nameless_file() -> int:
 
 def serve() -> None:
     """Convert the batches that standard input names, until it ends."""
+    keep_memory()
     task = json.loads(sys.stdin.buffer.readline())
     conversion = Conversion(**task["conversion"])
     memory = mmap.mmap(task["fd"], task["nbytes"])

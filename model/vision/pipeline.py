@@ -15,7 +15,7 @@ host wants to know of a batch (which features are finite, how many values were c
 is computed on the device and copied with the rows: asking earlier would make the host wait, and then the GPU.
 Buffers are allocated once for each shape, and used again by every other batch.
 
-On a CPU the two batches compute side by side, each with half of the threads.
+On a CPU the two batches compute side by side, each with half of the threads, unless a batch takes long.
 
 n inputs in a batch, B with those that fill it up, S side of an input in pixels, R bytes of a row.
 """
@@ -23,6 +23,7 @@ n inputs in a batch, B with those that fill it up, S side of an input in pixels,
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,9 @@ from model.vision.replay import Replay
 
 IN_FLIGHT = 2
 """Batches that are started and not handed out. While one computes, the other's pixels or rows are copied."""
+
+BRIEF_S = 1.0
+"""Seconds of a batch, on all threads of a CPU, up to which two of them compute side by side."""
 
 ERROR, FINITE, CLIPPED = range(3)
 """Columns of what is known of each row, float64: counts up to 2^53 are exact."""
@@ -217,22 +221,32 @@ class _SideBySide(_Copies):
     """Computes the batches of a CPU, which are where they are needed, in a thread each.
 
     A pass of a small tower gains little from a second core, and waits for it where a decoder wants that core
-    too. Two batches of one thread each took 0.8 to 0.9 of the time on 2 idle cores, of ViT-L/14@336 0.97
-    (2026-11-27); the bits are the same.
+    too. Two batches of one thread each took 0.8 to 0.9 of the time on 2 idle cores; the bits are the same. Of
+    ViT-L/14@336 they took 0.97 (2026-11-27), and a job that is stopped would wait twice as long. So a tower
+    whose first batch takes longer than `BRIEF_S` computes one batch at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        lanes = min(IN_FLIGHT, torch.get_num_threads())
-        share = torch.get_num_threads() // lanes
-        self._threads = ThreadPoolExecutor(
-            lanes, "encode", initializer=torch.set_num_threads, initargs=(share,)
-        )
+        self._threads: ThreadPoolExecutor | None = None
+        self._is_first = True
         self._results: dict[tuple[int, str], Future[Sequence[Tensor]]] = {}  # by slot and array
 
     def compute(self, slot: _Slot, array: str, work: Replay) -> None:
-        """Start to compute rows and facts of the inputs."""
-        self._results[id(slot), array] = self._threads.submit(work, slot.on_device)
+        """Compute rows and facts of the inputs, or start to."""
+        if self._threads is not None:
+            self._results[id(slot), array] = self._threads.submit(work, slot.on_device)
+            return
+        started, done = time.perf_counter(), Future[Sequence[Tensor]]()
+        done.set_result(work(slot.on_device))
+        self._results[id(slot), array] = done
+        if self._is_first and time.perf_counter() - started < BRIEF_S:
+            lanes = min(IN_FLIGHT, torch.get_num_threads())
+            share = torch.get_num_threads() // lanes
+            self._threads = ThreadPoolExecutor(
+                lanes, "encode", initializer=torch.set_num_threads, initargs=(share,)
+            )
+        self._is_first = False
 
     def down(self, slot: _Slot, array: str) -> None:
         """Do nothing: rows and facts are made on the host."""
@@ -246,7 +260,8 @@ class _SideBySide(_Copies):
 
     def close(self) -> None:
         """Wait for the batches that compute."""
-        self._threads.shutdown(cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
 
 class _CudaCopies(_Copies):

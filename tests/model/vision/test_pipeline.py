@@ -125,8 +125,9 @@ def test_no_buffer_is_used_again_before_its_batch_is_done(
         assert np.array_equal(one.rows, expected(encoder, pixels, "int8", array))
 
 
-def test_a_cpu_computes_two_batches_side_by_side(
-    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("brief_s", [pipelines.BRIEF_S, 0.0])
+def test_a_cpu_computes_two_batches_side_by_side_unless_they_take_long(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch, brief_s: float
 ) -> None:
     """Each has half of the threads, and waits here until the other one computes too."""
     together, threads = threading.Barrier(2, timeout=30), []
@@ -134,20 +135,23 @@ def test_a_cpu_computes_two_batches_side_by_side(
 
     def features(pixels: torch.Tensor, array: str) -> Any:
         threads.append(torch.get_num_threads())
-        together.wait()
+        if threads[-1] == 2:
+            together.wait()
         return original(pixels, array)
 
     before = torch.get_num_threads()
     torch.set_num_threads(4)
+    monkeypatch.setattr(pipelines, "BRIEF_S", brief_s)
+    monkeypatch.setattr(encoder, "features", features)
     try:
         with contextlib.closing(Pipeline[int](encoder, "int8")) as pipeline:
-            monkeypatch.setattr(encoder, "features", features)
-            done = through(pipeline, *[(inputs(BATCH, seed), "image") for seed in range(4)])
+            done = through(pipeline, *[(inputs(BATCH, seed), "image") for seed in range(5)])
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
-    monkeypatch.undo()
-    assert [one.label for one in done] == list(range(4)) and threads == [2] * 4
+        monkeypatch.undo()
+    assert threads == ([4, 2, 2, 2, 2] if brief_s else [4] * 5)
+    assert [one.label for one in done] == list(range(5))
     for one in done:
         pixels = inputs(BATCH, one.label)
         assert np.array_equal(one.rows, expected(encoder, pixels, "int8", "image"))
