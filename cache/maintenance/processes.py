@@ -32,7 +32,6 @@ import numpy.typing as npt
 
 from cache.errors import LostProcessError
 from cache.maintenance.convert_rows import Conversion, Rows
-from configs.hardware import keep_memory
 
 END_S = 10.0
 """Seconds in which a process that is idle must end."""
@@ -42,8 +41,15 @@ PROGRAM = (
 )
 """What a process runs. Its words are the path on which the main process finds this package."""
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""Environment of a process: numpy's libraries start no threads in it."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
+"""Environment of a process: numpy's libraries start no threads in it, and glibc keeps what is freed. With
+fresh pages for each row, `int8` took a third longer (2026-11-27)."""
 
 Errors = npt.NDArray[np.float32]
 
@@ -163,7 +169,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(fd,),
-            env={**os.environ, **ONE_THREAD},
+            env={**os.environ, **ENVIRONMENT},
             process_group=0,  # Ctrl-C in a terminal is for the main process alone
         )
         with contextlib.suppress(OSError):  # it has ended already, which `convert` reports
@@ -233,7 +239,6 @@ def _nameless_file() -> int:
 
 def serve() -> None:
     """Convert the batches that standard input names, until it ends."""
-    keep_memory()
     task = json.loads(sys.stdin.buffer.readline())
     conversion = Conversion(**task["conversion"])
     memory = mmap.mmap(task["fd"], task["nbytes"])
