@@ -61,7 +61,8 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
         many = Photos.of(folder / "many", files, count, 6 * count)
         bound.measure_gpu(photos, many, rounds, requirements)
     if options.only in ("", "vit-l"):
-        photos = Photos.of(folder / "vit-l", paths, min(8, count // 2), min(40, count))
+        # At most resources.MEASURE_BATCHES batches: of two jobs, neither measures one beforehand.
+        photos = Photos.of(folder / "vit-l", paths, min(8, count // 2), min(32, count))
         bound.measure_vit_l(photos, paths, rounds, requirements)
     if options.only in ("", "conversion"):
         measure_conversion(
