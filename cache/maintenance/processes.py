@@ -41,15 +41,14 @@ PROGRAM = (
 )
 """What a process runs. Its words are the path on which the main process finds this package."""
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Environment of a process: numpy's libraries start no threads in it."""
+
+KEPT_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-"""Environment of a process: numpy's libraries start no threads in it, and glibc keeps what is freed. With
-fresh pages for each row, `int8` took a third longer (2026-11-27)."""
+"""Environment of a process, unless the user says else: glibc keeps what is freed, for the next row."""
 
 Errors = npt.NDArray[np.float32]
 
@@ -169,7 +168,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(fd,),
-            env={**os.environ, **ENVIRONMENT},
+            env={**KEPT_MEMORY, **os.environ, **ONE_THREAD},
             process_group=0,  # Ctrl-C in a terminal is for the main process alone
         )
         with contextlib.suppress(OSError):  # it has ended already, which `convert` reports

@@ -169,7 +169,7 @@ class RemoteReader(FeatureReader):
 
     def _name(self, array: str, shard: int) -> str:
         """Return the name of a shard's file, relative to the root of the cache."""
-        # Kept: building a path takes longer than anything else that Python does for a row.
+        # Kept, since each row asks for it and pathlib is slow.
         if (array, shard) not in self._names:
             path = self.paths.shard(array, shard).relative_to(self.path.parent.parent)
             self._names[array, shard] = path.as_posix()

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from encode.driver import ray_pool
 from tests.support import ROOT
 
 PROGRAM = """
@@ -49,3 +50,11 @@ def test_freed_buffers_are_used_again(call: str, given: dict[str, str], keeps: b
         check=True,
     )
     assert (int(done.stdout) < 1000) is keeps, done.stdout
+
+
+def test_a_worker_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(ray_pool, "spin_briefly", lambda: calls.append("spin"))
+    monkeypatch.setattr(ray_pool, "keep_memory", lambda: calls.append("keep"))
+    ray_pool.RemoteWorker()
+    assert calls == ["spin", "keep"]

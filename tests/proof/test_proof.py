@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,15 @@ def test_held_out_chapters_are_in_no_passage(tmp_path: Path) -> None:
     # As long as the windows in which English is measured, at about 1.3 tokens a word.
     shortest = min(len(record["conversations"][1]["value"].split()) for record in records)
     assert 1.3 * shortest > 0.9 * training.WINDOW
+
+
+def test_texts_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["chapter_10.txt", "chapter_2.txt", "1790_somebody.txt", "1790_somebody.json"]
+    path = tmp_path / "texts.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            data = f"of\n{name}\n\nend".encode()
+            member = tarfile.TarInfo(f"package/data/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert packages.texts(path) == [f"of {names[i]}\n\nend" for i in (1, 0, 2)]

@@ -13,7 +13,7 @@ while its device computes. A device that takes no time shows the most that 8 loa
 
 A request fetches one row, since a schedule's rows are in random places. With 30 ms to an answer, 800 rows/s
 keep 24 of a reader's 32 connections busy (`RetryPolicy.connections`); 16 could not fetch more than 533. The
-server takes its share of the same cores, so the lines of `remote` show where it breaks, and require nothing.
+server takes its share of the same cores.
 """
 
 from __future__ import annotations
@@ -252,8 +252,8 @@ def report(
         waits = statistics.median(max(one.waits for one in turn.fed) for turn in taken)
         idle = statistics.median(max(one.idle for one in turn.fed) for turn in taken)
         asked = size.rate * case.ranks
-        # Of the disk one device is required, and more are shown; behind a server on these cores none is.
-        if case.paced and (case.place == "warm" or (case.place == "cold" and case.ranks == 1)):
+        # Where the disk or the network must hold out, one device is required, and more are shown.
+        if case.paced and (case.place == "warm" or case.ranks == 1):
             name = f"{size.name}, {case.place}, {case.ranks} x {size.rate}/s"
             requirements.at_most(f"{name}: idle", idle, ALLOWED)
         cells = [size.name, case.place, str(case.ranks)]
