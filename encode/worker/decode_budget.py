@@ -7,7 +7,8 @@
 
 The bytes are estimated from an item's header before anything is decoded. Items are admitted in the order of
 their turns, so an item waits only for those that are delivered before it, and never for one that waits for
-it. An item that needs more than the whole budget is decoded alone.
+it. An item that needs more than the whole budget is decoded alone; one that needs little does not count, and
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ BUDGET_BYTES = 2 << 30
 ITEM_BYTES = 4 << 30
 """Bytes for one media item, at most."""
 
+LITTLE_BYTES = 32 << 20
+"""Bytes up to which an item does not count: what each thread may have besides. A JPEG of 2.8 megapixels."""
+
 POLL_S = 0.5
 """Seconds between two looks at whether to go on waiting."""
 
@@ -31,12 +35,13 @@ POLL_S = 0.5
 class DecodeBudget:
     """The memory for decoding in one worker. Threads may call all methods."""
 
-    def __init__(self, total: int = BUDGET_BYTES) -> None:
-        """Allow `total` bytes."""
-        self.total = total
+    def __init__(self, total: int = BUDGET_BYTES, little: int = LITTLE_BYTES) -> None:
+        """Allow `total` bytes for the items that need more than `little`."""
+        self.total, self.little = total, little
         self.used = 0
         """Bytes of the items that are being decoded; of one that is decoded alone, at most `total`."""
         self._turns = self._next = 0
+        self._passed = set[int]()  # turns that are used, while one before them is not
         self._changed = threading.Condition()
 
     def turn(self) -> int:
@@ -57,12 +62,15 @@ class DecodeBudget:
         Raises:
             BadMediaError: the item needs more than `ITEM_BYTES`.
         """
-        too_large = nbytes > ITEM_BYTES
-        held = 0 if too_large else min(nbytes, self.total)
+        too_large, counts = nbytes > ITEM_BYTES, nbytes > self.little
+        held = min(nbytes, self.total) if counts and not too_large else 0
         with self._changed:
-            while waiting() and not (turn == self._next and self.used + held <= self.total):
+            while counts and waiting() and not self._admits(turn, held):
                 self._changed.wait(POLL_S)
-            self._next = max(self._next, turn + 1)
+            self._passed.add(turn)
+            while self._next in self._passed:
+                self._passed.remove(self._next)
+                self._next += 1
             self.used += held
             self._changed.notify_all()
         try:
@@ -75,3 +83,6 @@ class DecodeBudget:
             with self._changed:
                 self.used -= held
                 self._changed.notify_all()
+
+    def _admits(self, turn: int, held: int) -> bool:
+        return turn == self._next and self.used + held <= self.total

@@ -1,6 +1,7 @@
 """Decode media in a process of its own, where a decoder crashes, hangs and holds Python's lock alone.
 
     Setup, then for each media item:  Load (and its bytes)  ->  Needs        how much memory it takes
+                                                            or  Picture      it took little: it is decoded
                                       DecodeImage           ->  Picture      its pixels are in slot 0
                                       ReadSize              ->  Picture      no pixels
                                       Probe                 ->  Found        of a video
@@ -71,6 +72,8 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     kind: str
     nbytes: int = 0
     path: bytes | None = None
+    at_once: int = 0
+    """Decode an image straight away, as by DecodeImage, if that takes at most so many bytes of memory."""
 
 
 class DecodeImage(msgspec.Struct, tag=True, frozen=True):
@@ -295,9 +298,11 @@ class Server:
         else:
             self._data = self._channel.data(request.nbytes)
         try:
-            return Needs(nbytes=needed_bytes(self._kind, self._data))
+            needed = needed_bytes(self._kind, self._data)
         except Exception:  # decoding reports what is wrong
-            return Needs(nbytes=0)
+            needed = 0
+        at_once = self._kind == "image" and needed <= request.at_once > 0
+        return self._image() if at_once else Needs(nbytes=needed)
 
     def _image(self) -> Answer:
         assert isinstance(self._data, bytes), "images are sent whole"

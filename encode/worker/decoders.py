@@ -1,7 +1,7 @@
 """What a decoding thread of the prefetcher decodes with: itself, or a process (process_decoder.py).
 
     decoder.take(item)
-    decoder.needed()        bytes of memory that decoding takes, by the header
+    decoder.needed()        bytes of memory that decoding takes, by the header; a process may decode at once
     decoder.image()         pixels, size and note of an image; size() reads its header alone
     decoder.probe()         length and size of a video; then frames(...), one after the other
 
@@ -76,10 +76,14 @@ class Decoder(ABC):
         self.item, self.touch = item, lambda: None
 
     @abstractmethod
-    def needed(self) -> int:
+    def needed(self, at_once: int = 0) -> int:
         """Return the memory that decoding takes, bytes, estimated from the header; 0 if that is damaged.
 
         Called first for each item.
+
+        Args:
+            at_once: an image that takes at most so many bytes may be decoded straight away: `image` follows,
+                and 0 is returned if it has been. A process is asked once then, and not twice.
         """
 
     @abstractmethod
@@ -114,7 +118,7 @@ class ThreadDecoder(Decoder):
         self._decode, self._prepare = decode, prepare
         self._info: VideoInfo | None = None
 
-    def needed(self) -> int:
+    def needed(self, at_once: int = 0) -> int:  # noqa: ARG002  it does not have to be asked
         """Return the memory that decoding takes."""
         try:
             return needed_bytes(self.item.task.kind, self.item.data)

@@ -10,9 +10,11 @@ frames, however long the video is. A thread decodes itself, or lets a process of
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +46,9 @@ from model.media.images import BadMediaError, DecodedImage, Failure
 
 READ_GROUP = 16
 """Sources that are read, and then reserved with one call to the driver, at a time."""
+
+READ_S = 0.01
+"""Seconds of reading that are worth a thread: small files in the page cache are read one after the other."""
 
 GATHER_S = 0.001
 """Seconds to wait for the next source of a group: the worker puts many, one after the other."""
@@ -82,8 +87,9 @@ class PrefetchCallbacks(Protocol):
         ...
 
 
-_Inputs = queue.Queue[EncoderInput | MediaItem]
-"""The encoder inputs of one media item, then the item itself."""
+_Inputs = queue.Queue[tuple[EncoderInput | MediaItem, ...]]
+"""The encoder inputs of one media item, then the item itself: an image's together, so that a thread wakes
+another once; a frame at a time of a video."""
 
 
 class Prefetcher:
@@ -119,8 +125,10 @@ class Prefetcher:
         self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
         self._sizes: dict[str, tuple[int, int]] = {}  # by key
         self._threads = config.threads
+        self._read_s = READ_S  # to read and hash a source, by the last ones
         self._budget = DecodeBudget()
         self._current: _Inputs | None = None
+        self._got: deque[EncoderInput | MediaItem] = deque()  # of it, not returned yet
         self._open = True
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
@@ -144,9 +152,12 @@ class Prefetcher:
                 if isinstance(found, MediaItem):
                     return found
                 self._current = found
-            got = self._current.get(timeout=max(0.0, deadline - time.monotonic()))
+            if not self._got:
+                left_s = max(0.0, deadline - time.monotonic())
+                self._got.extend(self._current.get(timeout=left_s))
         except queue.Empty:
             return None
+        got = self._got.popleft()
         if isinstance(got, MediaItem):
             self._current = None
         return got
@@ -197,10 +208,19 @@ class Prefetcher:
         return []
 
     def _read_all(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
-        """Read sources in all threads, each of which takes some that are adjacent."""
-        each = -(-len(sources) // self._threads) or 1
+        """Read sources in as many threads as they keep busy, each of which takes some that are adjacent."""
+        if not sources:
+            return []
+        threads = min(self._threads, math.ceil(len(sources) * self._read_s / READ_S))
+        each = -(-len(sources) // threads)
         parts = [sources[at : at + each] for at in range(0, len(sources), each)]
-        return [item for part in self._readers.map(self._read_some, parts) for item in part]
+        start = time.perf_counter()
+        if len(parts) == 1:
+            items = self._read_some(sources)
+        else:
+            items = [item for part in self._readers.map(self._read_some, parts) for item in part]
+        self._read_s = (time.perf_counter() - start) * len(parts) / len(sources)
+        return items
 
     def _read_some(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
         return [self._read(source) for source in sources]
@@ -251,17 +271,19 @@ class Prefetcher:
         A thread that waits for memory is not in the log: it does not hang.
         """
         start = time.perf_counter()
-        work = self._decode_image if item.task.kind == "image" else self._decode_video
+        is_image, is_duplicate = item.task.kind == "image", item.result == "duplicate"
+        at_once = 0 if is_duplicate else self._budget.little
         log, nbytes, failure = self._decode_log.decoding, 0, None
+        pixels: Pixels | None = None  # of an image
         with self._pool.one() as decoder:
             decoder.take(item)
             try:
                 if self._open:
                     with log(item.task.source, item.key) as decoder.touch:
-                        nbytes = decoder.needed()
+                        nbytes = decoder.needed(at_once)
             except Exception as error:
                 failure = self._failure(error)
-            if item.result == "duplicate" and item.task.kind == "image":
+            if is_duplicate and is_image:
                 nbytes = 0
             try:
                 waited = time.perf_counter()
@@ -269,13 +291,19 @@ class Prefetcher:
                     item.decode_s -= time.perf_counter() - waited
                     if self._open and failure is None:
                         with log(item.task.source, item.key) as decoder.touch:
-                            work(decoder, inputs)
+                            if is_image:
+                                pixels = self._decode_image(decoder)
+                            else:
+                                self._decode_video(decoder, inputs)
             except Exception as error:
                 failure = self._failure(error)
         item.failure = failure or item.failure
         item.drop_data()
         item.decode_s += time.perf_counter() - start
-        self._put(inputs, item, lambda: None)
+        last: tuple[EncoderInput | MediaItem, ...] = (item,)
+        if pixels is not None:
+            last = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None), item
+        self._put(inputs, last, lambda: None)
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, BadMediaError):
@@ -283,20 +311,19 @@ class Prefetcher:
         # Not the media's: it counts against the failure budget.
         return Failure("encode", self._worker.our_error(error))
 
-    def _decode_image(self, decoder: Decoder, inputs: _Inputs) -> None:
-        item = decoder.item
+    def _decode_image(self, decoder: Decoder) -> Pixels | None:
+        """Return the encoder input of an image; None of a duplicate, whose size alone is read."""
+        item, pixels, note = decoder.item, None, None
         if item.result == "duplicate":
             size = decoder.size()
         else:
             decoded = decoder.image()
-            size, pixels = decoded.size, decoded.pixels
-            item.record = replace(item.record, note=decoded.note)
-            only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)
-            item.decode_s -= self._put(inputs, only, decoder.touch)
-        item.record = replace(item.record, width=size[0], height=size[1])
+            size, pixels, note = decoded.size, decoded.pixels, decoded.note
+        item.record = replace(item.record, width=size[0], height=size[1], note=note)
         if len(self._sizes) >= KNOWN_SIZES:
             self._sizes.clear()
         self._sizes[item.key] = size
+        return pixels
 
     def _decode_video(self, decoder: Decoder, inputs: _Inputs) -> None:
         item, info = decoder.item, decoder.probe()
@@ -316,19 +343,21 @@ class Prefetcher:
             for frame in decoder.frames([wanted[v] for v in missing]):
                 view = time_view(frame.wanted_us)
                 one = EncoderInput(item=item, pixels=frame.pixels, view=view, time_s=frame.time_s)
-                item.decode_s -= self._put(inputs, one, decoder.touch)
+                item.decode_s -= self._put(inputs, (one,), decoder.touch)
                 got += 1
             if got < len(missing):
                 raise BadMediaError(f"{got} of {len(missing)} frames could be decoded")
         if isinstance(item.data, Path):
             check_unchanged(item.data, item.record)
 
-    def _put(self, inputs: _Inputs, one: EncoderInput | MediaItem, touch: Touch) -> float:
+    def _put(
+        self, inputs: _Inputs, some: tuple[EncoderInput | MediaItem, ...], touch: Touch
+    ) -> float:
         """Wait for room; return the seconds it took. Meanwhile the item does not count as hanging."""
         start = time.perf_counter()
         while self._open:
             try:
-                inputs.put(one, timeout=POLL_S)
+                inputs.put(some, timeout=POLL_S)
                 break
             except queue.Full:
                 touch()

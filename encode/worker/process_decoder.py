@@ -120,6 +120,7 @@ class ProcessDecoder(Decoder):
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._loaded = False
+        self._picture: Picture | None = None  # of an image that is decoded already
         self._losses: list[_LostError] = []
         self._memory_fd = _shared_memory(SLOTS * setup.slot_bytes)
         self._memory = mmap.mmap(self._memory_fd, SLOTS * setup.slot_bytes)
@@ -127,16 +128,16 @@ class ProcessDecoder(Decoder):
     def take(self, item: MediaItem) -> None:
         """Decode this item from now on."""
         super().take(item)
-        self._loaded, self._losses = False, []
+        self._loaded, self._picture, self._losses = False, None, []
 
-    def needed(self) -> int:
+    def needed(self, at_once: int = 0) -> int:
         """Send the item to the process; return the memory that decoding takes."""
-        return self._try(self._load)
+        return self._try(lambda: self._load(at_once))
 
     def image(self) -> Decoded:
         """Decode an image."""
-        answer = self._try(lambda: self._ask(DecodeImage(), Picture))
-        self._loaded = False
+        answer = self._picture or self._try(lambda: self._ask(DecodeImage(), Picture))
+        self._loaded, self._picture = False, None
         size = answer.width, answer.height
         return Decoded(pixels=self._copy(0), size=size, note=answer.note)
 
@@ -202,15 +203,18 @@ class ProcessDecoder(Decoder):
             raise self._astray(answer)
         return answer
 
-    def _load(self) -> int:
+    def _load(self, at_once: int = 0) -> int:
         if self._process is None:
             self._start()
         data, kind = self.item.data, self.item.task.kind
         if isinstance(data, Path):
             self._send(Load(kind=kind, path=os.fsencode(data)))
         else:
-            self._send(Load(kind=kind, nbytes=len(data)), data)
+            self._send(Load(kind=kind, nbytes=len(data), at_once=at_once), data)
         answer = self._answer()
+        if at_once and isinstance(answer, Picture):
+            self._picture = answer
+            return 0
         if not isinstance(answer, Needs):
             raise self._astray(answer)
         self._loaded = True

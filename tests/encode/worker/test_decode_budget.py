@@ -1,6 +1,6 @@
 """The memory of all decoding threads together: items wait for room, in the order of their turns.
 
-budget = DecodeBudget(total=100)
+budget = DecodeBudget(total=100, little=0)
 with budget.room(budget.turn(), 60, waiting=lambda: True):
     ...                                 # another item of 60 bytes waits meanwhile
 """
@@ -50,7 +50,7 @@ def start(budget: DecodeBudget, turn: int, nbytes: int, inside: list[int]) -> th
 
 
 def test_items_wait_for_room_in_the_order_of_their_turns() -> None:
-    budget, inside = DecodeBudget(100), list[int]()
+    budget, inside = DecodeBudget(100, little=0), list[int]()
     turns = [budget.turn() for _ in range(4)]
     # Of the second and third only one fits beside the first; the last would fit, and is not their turn.
     ends = [
@@ -69,8 +69,27 @@ def test_items_wait_for_room_in_the_order_of_their_turns() -> None:
     wait_until(lambda: budget.used == 0)
 
 
+def test_an_item_that_needs_little_waits_for_nothing_and_passes_its_turn_on() -> None:
+    budget, inside = DecodeBudget(100, little=10), list[int]()
+    turns = [budget.turn() for _ in range(4)]
+    little = [start(budget, turns[number], 10, inside) for number in (3, 1)]
+    wait_until(lambda: sorted(inside) == [1, 3])
+    assert budget.used == 0
+    last = start(budget, turns[2], 90, inside)  # behind the first, which has not come
+    first = start(budget, turns[0], 90, inside)
+    wait_until(lambda: sorted(inside) == [0, 1, 3])
+    assert budget.used == 90
+    first.set()
+    wait_until(lambda: sorted(inside) == [1, 2, 3])
+    for end in (*little, last):
+        end.set()
+    wait_until(lambda: not inside and budget.used == 0)
+    with budget.room(budget.turn(), 100, lambda: True):  # all turns before it are used
+        assert budget.used == 100
+
+
 def test_an_item_above_the_budget_is_decoded_alone() -> None:
-    budget, inside = DecodeBudget(100), list[int]()
+    budget, inside = DecodeBudget(100, little=0), list[int]()
     ends = [start(budget, budget.turn(), n, inside) for n in (1, 1000, 1)]
     for number, end in enumerate(ends):
         wait_until(lambda number=number: inside == [number])
@@ -78,7 +97,7 @@ def test_an_item_above_the_budget_is_decoded_alone() -> None:
 
 
 def test_an_item_above_the_limit_fails_in_one_line_and_passes_its_turn_on() -> None:
-    budget = DecodeBudget(100)
+    budget = DecodeBudget(100, little=0)
     with (
         pytest.raises(
             BadMediaError, match=r"needs 8\.6 GB to be decoded, at most 4\.3 GB are used"
@@ -105,7 +124,7 @@ def test_the_threads_of_a_worker_decode_what_fits_together(
 ) -> None:
     """Of 12 images each needs half of the budget, by its header; one is no image."""
     monkeypatch.setattr(
-        decode_budget.DecodeBudget.__init__, "__defaults__", (40 * 50 * 9 * 2 + 1000,)
+        decode_budget.DecodeBudget.__init__, "__defaults__", (40 * 50 * 9 * 2 + 1000, 0)
     )
     running, most, lock = itertools.count(), [0, 0], threading.Lock()
 

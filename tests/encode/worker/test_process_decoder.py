@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -26,7 +27,7 @@ from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker import process_decoder
 from encode.worker.decode_log import DecodeLog
-from encode.worker.decode_process import DecodeImage, Setup
+from encode.worker.decode_process import DecodeImage, Load, Request, Setup
 from encode.worker.decoders import NICE_BESIDE_GPU, Decoder, ThreadDecoder, setup_for
 from encode.worker.media_item import EncoderInput, MediaItem
 from encode.worker.messages import SourceTask
@@ -140,6 +141,48 @@ def test_a_process_gives_what_a_thread_gives(start: Start, tmp_path: Path) -> No
     for item in items:
         assert outcome(process, item) == outcome(thread, item)
     assert process._process is not None and process._process.poll() is None, "one did them all"
+
+
+def test_an_image_that_needs_little_is_decoded_when_it_is_sent(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, sent = start(), list[Request]()
+    send = decoder._send
+    monkeypatch.setattr(decoder, "_send", lambda one, *data: (sent.append(one), send(one, *data)))
+    item = square(tmp_path, 24)
+    decoder.take(item)
+    needed = decoder.needed()
+    twice = decoder.image()
+    for at_once, requests in ((needed - 1, [Load, DecodeImage]), (needed, [Load])):
+        sent.clear()
+        decoder.take(item)
+        assert decoder.needed(at_once) == (0 if at_once == needed else needed)
+        once = decoder.image()
+        assert [type(one) for one in sent] == requests
+        assert (once.size, once.note) == (twice.size, twice.note)
+        assert np.array_equal(once.pixels, twice.pixels)
+    decoder.take(square(tmp_path, 20))  # nothing is left of the one before
+    assert decoder.needed() > 0
+    assert decoder.image().size == (20, 20)
+    decoder.take(item_of(b"no image"))
+    with pytest.raises(BadMediaError):
+        decoder.needed(1 << 20)
+    video = draw_video(DemoWorld(images=9, side=24, video_frames=3), 0)
+    decoder.take(item_of(video, "video"))
+    assert decoder.needed(1 << 30) > 0, "a video is never decoded at once"
+    assert decoder.probe().duration_s > 0
+
+
+def test_an_image_that_crashes_its_process_at_once_has_failed(start: Start, tmp_path: Path) -> None:
+    decoder = start(odd=True)
+    decoder.take(square(tmp_path, 31))
+    with pytest.raises(
+        BadMediaError, match="crashed the process that decodes it, also at a second"
+    ):
+        decoder.needed(1 << 20)
+    decoder.take(square(tmp_path, 35))
+    assert decoder.needed(1 << 20) == 0
+    assert decoder.image().size == (35, 35), "killed once, then decoded"
 
 
 def test_the_encoder_input_is_that_of_the_encoder() -> None:
