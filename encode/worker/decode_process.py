@@ -21,6 +21,7 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -167,22 +168,38 @@ class GoneError(Exception):
 class Channel:
     """Messages through a socket. One thread uses an end. Every method may raise GoneError."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, poll_s: float = 0.0) -> None:
+        """Use a blocking socket; `poll_s`: seconds after which `answer` returns None, 0: never."""
         self.end = end
         self._got = bytearray()
+        # The kernel counts the time. Python's own time-outs take a second system call.
+        seconds, micros = divmod(round(poll_s * 1e6), 1_000_000)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, micros))
 
-    def send(self, message: Request | Answer, data: bytes = b"") -> None:
-        """Send a message, and bytes behind it."""
+    def send(self, message: Request | Answer, data: bytes = b"", timeout_s: float = 0.0) -> None:
+        """Send a message, and bytes behind it; give up when nothing has been taken for `timeout_s`."""
+        # One call: each lets go of Python's lock, for which the worker's other threads wait.
         text = msgspec.msgpack.encode(message)
-        try:
-            self.end.sendall(len(text).to_bytes(4, "big") + text)
-            if data:
-                self.end.sendall(data)
-        except OSError as error:  # a time-out too: the other side reads nothing
-            raise GoneError from error
+        left = [memoryview(len(text).to_bytes(4, "big") + text), memoryview(data)]
+        since = time.monotonic()
+        while left:
+            try:
+                sent = self.end.sendmsg(left)
+            except BlockingIOError as error:
+                if time.monotonic() - since > timeout_s:
+                    raise GoneError from error
+                continue
+            except OSError as error:
+                raise GoneError from error
+            since = time.monotonic()
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if left:
+                left[0] = left[0][sent:]
 
     def answer(self) -> Answer | None:
-        """Return the next answer; None if the socket's time-out passes first."""
+        """Return the next answer; None if the time is over first."""
         text = self._message()
         try:
             return None if text is None else _answers.decode(text)
@@ -221,7 +238,7 @@ class Channel:
                     return text
             try:
                 more = self.end.recv(1 << 16)
-            except TimeoutError:
+            except BlockingIOError:
                 return None
             except ConnectionError:
                 more = b""

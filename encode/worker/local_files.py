@@ -7,10 +7,12 @@ newest time stamp is at least one tick old. The identity of a media item inside 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -134,20 +136,20 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
     most = MAX_VIDEO_BYTES if task.kind == "video" else MAX_BYTES
     try:
         for _ in range(TRIES):
-            # O_NONBLOCK: opening a named pipe would wait for a writer forever.
-            fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with FileIO(fd, "rb") as file:
-                if task.kind == "image" and os.fstat(fd).st_size > most:
-                    _refuse_video(file)
-                before = _regular(os.fstat(fd), most)
+            with _opened(task.source) as fd:
+                status = os.fstat(fd)
+                if task.kind == "image" and status.st_size > most:
+                    _refuse_video(fd)
+                before = _regular(status, most)
                 wait_s = before.settle_s()
                 if wait_s > 0:
                     time.sleep(wait_s)
                     before = _regular(os.fstat(fd), most)
                 if task.kind == "video":
-                    key, length = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+                    with FileIO(fd, "rb", closefd=False) as file:
+                        key, length = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
                 else:
-                    data = file.readall()
+                    data = _read(fd, before.size)
                     key, length = hashlib.sha256(data).hexdigest(), len(data)
                 if _regular(os.fstat(fd), most) == before and length == before.size:
                     trusted = before if wait_s >= 0 else before._replace(inode=0)
@@ -189,12 +191,35 @@ def check_readable(task: SourceTask) -> None:
         _read_inside(task)
         return
     try:
-        fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with FileIO(fd, "rb") as file:
+        with _opened(task.source) as fd:
             _regular(os.fstat(fd), MAX_VIDEO_BYTES if task.kind == "video" else MAX_BYTES)
-            file.read(1)
+            os.read(fd, 1)
     except (OSError, ValueError) as error:
         raise _cannot_read(task, error) from error
+
+
+@contextlib.contextmanager
+def _opened(source: str) -> Iterator[int]:
+    """Open a file for reading while the block runs."""
+    # O_NONBLOCK: opening a named pipe would wait for a writer forever.
+    fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, size: int) -> bytes:
+    """Return the next `size` bytes of a file, fewer if it ends before.
+
+    In one system call if the file system allows it, as each call lets go of Python's lock, for which the
+    threads that decode wait. FileIO.readall takes five.
+    """
+    parts = []
+    while size and (part := os.read(fd, size)):
+        parts.append(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _cannot_read(task: SourceTask, error: OSError | ValueError) -> BadMediaError:
@@ -230,9 +255,9 @@ def size_in_header(data: bytes) -> tuple[int, int]:
         return 0, 0  # a duplicate: if its bytes are bad, the source that is decoded reports it
 
 
-def _refuse_video(file: FileIO) -> None:
+def _refuse_video(fd: int) -> None:
     """Raise BadMediaError if a file that is too large for an image is a video."""
-    found = recognise(file.read(HEAD_BYTES))
+    found = recognise(os.read(fd, HEAD_BYTES))
     if found.kind == "video":
         raise BadMediaError(found.instead_of("image"))
 

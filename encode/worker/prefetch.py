@@ -10,7 +10,6 @@ frames, however long the video is. A thread decodes itself, or lets a process of
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -45,10 +44,10 @@ from encode.worker.process_decoder import ProcessDecoder
 from model.media.images import BadMediaError, DecodedImage, Failure
 
 READ_GROUP = 16
-"""Sources that are read, and then reserved with one call to the driver, at a time."""
+"""Sources that are read, and then reserved with one call to the driver, at a time; more for many threads."""
 
-READ_S = 0.01
-"""Seconds of reading that are worth a thread: small files in the page cache are read one after the other."""
+READ_SOME = 4
+"""Sources that a thread reads at a time: to wake it may take longer than to read a small file."""
 
 GATHER_S = 0.001
 """Seconds to wait for the next source of a group: the worker puts many, one after the other."""
@@ -125,7 +124,6 @@ class Prefetcher:
         self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
         self._sizes: dict[str, tuple[int, int]] = {}  # by key
         self._threads = config.threads
-        self._read_s = READ_S  # to read and hash a source, by the last ones
         self._budget = DecodeBudget()
         self._current: _Inputs | None = None
         self._got: deque[EncoderInput | MediaItem] = deque()  # of it, not returned yet
@@ -199,7 +197,7 @@ class Prefetcher:
         one = self._inbox.get()
         while one is not None and self._open:
             group.append(one)
-            if len(group) == READ_GROUP:
+            if len(group) == max(READ_GROUP, READ_SOME * self._threads):
                 return group
             try:
                 one = self._inbox.get(timeout=GATHER_S)
@@ -208,19 +206,10 @@ class Prefetcher:
         return []
 
     def _read_all(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
-        """Read sources in as many threads as they keep busy, each of which takes some that are adjacent."""
-        if not sources:
-            return []
-        threads = min(self._threads, math.ceil(len(sources) * self._read_s / READ_S))
-        each = -(-len(sources) // threads)
+        """Read sources in all threads, each of which takes some that are adjacent."""
+        each = max(READ_SOME, -(-len(sources) // self._threads))
         parts = [sources[at : at + each] for at in range(0, len(sources), each)]
-        start = time.perf_counter()
-        if len(parts) == 1:
-            items = self._read_some(sources)
-        else:
-            items = [item for part in self._readers.map(self._read_some, parts) for item in part]
-        self._read_s = (time.perf_counter() - start) * len(parts) / len(sources)
-        return items
+        return [item for part in self._readers.map(self._read_some, parts) for item in part]
 
     def _read_some(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
         return [self._read(source) for source in sources]
@@ -271,39 +260,35 @@ class Prefetcher:
         A thread that waits for memory is not in the log: it does not hang.
         """
         start = time.perf_counter()
-        is_image, is_duplicate = item.task.kind == "image", item.result == "duplicate"
-        at_once = 0 if is_duplicate else self._budget.little
-        log, nbytes, failure = self._decode_log.decoding, 0, None
-        pixels: Pixels | None = None  # of an image
+        is_image, is_done = item.task.kind == "image", False
+        log, nbytes = self._decode_log.decoding, 0
+        only: EncoderInput | None = None  # of an image
         with self._pool.one() as decoder:
             decoder.take(item)
             try:
                 if self._open:
                     with log(item.task.source, item.key) as decoder.touch:
-                        nbytes = decoder.needed(at_once)
+                        little = self._budget.little
+                        nbytes = decoder.needed(0 if item.result == "duplicate" else little)
+                        if is_image and (item.result == "duplicate" or nbytes <= little):
+                            only, nbytes, is_done = self._decode_image(decoder), 0, True
             except Exception as error:
-                failure = self._failure(error)
-            if is_duplicate and is_image:
-                nbytes = 0
+                item.failure, is_done = self._failure(error), True
             try:
                 waited = time.perf_counter()
                 with self._budget.room(turn, nbytes, lambda: self._open):
                     item.decode_s -= time.perf_counter() - waited
-                    if self._open and failure is None:
+                    if self._open and not is_done:
                         with log(item.task.source, item.key) as decoder.touch:
                             if is_image:
-                                pixels = self._decode_image(decoder)
+                                only = self._decode_image(decoder)
                             else:
                                 self._decode_video(decoder, inputs)
             except Exception as error:
-                failure = self._failure(error)
-        item.failure = failure or item.failure
+                item.failure = self._failure(error)
         item.drop_data()
         item.decode_s += time.perf_counter() - start
-        last: tuple[EncoderInput | MediaItem, ...] = (item,)
-        if pixels is not None:
-            last = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None), item
-        self._put(inputs, last, lambda: None)
+        self._put(inputs, (item,) if only is None else (only, item), lambda: None)
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, BadMediaError):
@@ -311,19 +296,20 @@ class Prefetcher:
         # Not the media's: it counts against the failure budget.
         return Failure("encode", self._worker.our_error(error))
 
-    def _decode_image(self, decoder: Decoder) -> Pixels | None:
+    def _decode_image(self, decoder: Decoder) -> EncoderInput | None:
         """Return the encoder input of an image; None of a duplicate, whose size alone is read."""
-        item, pixels, note = decoder.item, None, None
+        item, only, note = decoder.item, None, None
         if item.result == "duplicate":
             size = decoder.size()
         else:
             decoded = decoder.image()
-            size, pixels, note = decoded.size, decoded.pixels, decoded.note
+            size, note = decoded.size, decoded.note
+            only = EncoderInput(item=item, pixels=decoded.pixels, view=FULL, time_s=None)
         item.record = replace(item.record, width=size[0], height=size[1], note=note)
         if len(self._sizes) >= KNOWN_SIZES:
             self._sizes.clear()
         self._sizes[item.key] = size
-        return pixels
+        return only
 
     def _decode_video(self, decoder: Decoder, inputs: _Inputs) -> None:
         item, info = decoder.item, decoder.probe()

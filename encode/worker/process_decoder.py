@@ -222,13 +222,11 @@ class ProcessDecoder(Decoder):
 
     def _send(self, request: Request, data: bytes = b"") -> None:
         assert self._channel is not None, "the process runs"
-        self._channel.end.settimeout(self._timeout_s)
         try:
-            self._channel.send(request, data)
+            self._channel.send(request, data, self._timeout_s)
         except GoneError as error:
-            hung = isinstance(error.__cause__, TimeoutError)
+            hung = isinstance(error.__cause__, BlockingIOError)
             raise self._lost(hung=hung) from None
-        self._channel.end.settimeout(POLL_S)
 
     def _answer(self, timeout_s: float | None = None) -> Answer:
         """Return the next answer that is no sign of life.
@@ -287,7 +285,7 @@ class ProcessDecoder(Decoder):
                 process_group=0,  # Ctrl-C on a terminal reaches the job alone, which ends it
                 env={**os.environ, **ONE_THREAD},
             )
-        self._channel = Channel(ours)
+        self._channel = Channel(ours, POLL_S)
         try:
             self._send(self._setup)
             ready = self._answer(START_S)

@@ -8,7 +8,7 @@ one. A tree never spans two data sets, because the mix counts each data set sepa
     trees = build_message_trees(
         samples, tokens, max_tokens=4096, max_branches=16, placeholders=placeholders
     )
-    trees.slice(0).members     # positions in `samples` of the first tree's branches
+    trees.slices(np.array([0]))[0].members # positions in `samples` of the first tree's branches
 
 Several answers to one question are one member of a tree: one of them is drawn when a step takes the tree.
 They have equal media and an equal beginning, and a tree has room for the longest.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,15 +36,6 @@ from train.data.tokens import TokenStore
 from train.data.usable import OverLong, added_tokens, fit_window, learnable
 
 log = logging.getLogger(__name__)
-
-
-class Draw(NamedTuple):
-    """What decides which of several answers to a question is taken."""
-
-    seed: int
-    """The seed of the run."""
-    number: int
-    """Passes over the data set before this one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,20 +95,45 @@ class MessageTrees:
         """Return the number of samples of each of `trees`."""
         return self.starts[trees + 1] - self.starts[trees]
 
-    def slice(
-        self, tree: int, low: int = 0, high: int | None = None, draw: Draw | None = None
-    ) -> TreeSlice:
-        """Return branches [low, high) of one tree; without limits, the whole tree.
+    def slices(
+        self,
+        trees: Ints,
+        low: Ints | None = None,
+        high: Ints | None = None,
+        *,
+        seed: int = 0,
+        passes: npt.NDArray[np.int32] | None = None,
+    ) -> list[TreeSlice]:
+        """Return branches [low, high) of some trees. Every rank asks for those of all ranks.
 
-        `draw` says which of several answers to a question it has; without it, it has the first.
+        Args:
+            trees: (n,) the trees.
+            low: (n,) the first branch of each; None: 0.
+            high: (n,) the branch behind its last one; None: all branches.
+            seed: of the run.
+            passes: (n,) passes over the data set before this one. With the seed, they decide which of several
+                answers to a question is taken; None: the first.
         """
-        first, end = int(self.starts[tree]), int(self.starts[tree + 1])
-        members = self.members[first + low : end if high is None else first + high]
-        if draw is not None:
-            members = self.choices.draw(members, first + low, seed=draw.seed, number=draw.number)
-        prefix = int(self.prefix[tree]) if len(members) > 1 else 0
-        tokens = int(self.length[members].sum()) - prefix * (len(members) - 1)
-        return TreeSlice(members=members, prefix=prefix, tokens=tokens)
+        low = np.zeros_like(trees) if low is None else low
+        first, counts = (
+            self.starts[trees] + low,
+            (self.sizes(trees) if high is None else high) - low,
+        )
+        members, edges = self.members[within(first, counts)], edges_of(counts)
+        if passes is not None:
+            begin, end = (np.searchsorted(self.choices.slots, at) for at in (first, first + counts))
+            for i in np.flatnonzero(begin < end).tolist():
+                part = slice(edges[i], edges[i + 1])
+                members[part] = self.choices.draw(
+                    members[part], int(first[i]), seed=seed, number=int(passes[i])
+                )
+        prefix = np.where(counts > 1, self.prefix[trees], 0)
+        tokens = np.diff(edges_of(self.length[members])[edges]) - prefix * (counts - 1)
+        columns = (edges[:-1], edges[1:], prefix, tokens)
+        return [
+            TreeSlice(members=members[start:end], prefix=shared, tokens=total)
+            for start, end, shared, total in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
     def describe(self) -> str:
         """Return the counts of samples, trees and tokens as one line for the log."""

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from cache.store.references import within
 from train.data.choices import shuffled
-from train.data.message_trees import Draw, MessageTrees, TreeSlice
+from train.data.message_trees import MessageTrees, TreeSlice
 from train.data.sample_list import Ints
 
 BLOCK_TREES = 512
@@ -100,15 +100,13 @@ class TrainingSchedule:
         for index in range(low // length, (high - 1) // length + 1):
             epoch = self._epoch(index)
             edges = np.array([low, high]) - index * length
-            first, last = np.searchsorted(epoch.starts, edges)
-            slices += (
-                self.trees.slice(
-                    int(epoch.tree[i]),
-                    int(epoch.low[i]),
-                    int(epoch.high[i]),
-                    Draw(self.seed, int(epoch.number[i])),
-                )
-                for i in range(first, last)
+            part = slice(*np.searchsorted(epoch.starts, edges))
+            slices += self.trees.slices(
+                epoch.tree[part],
+                epoch.low[part],
+                epoch.high[part],
+                seed=self.seed,
+                passes=epoch.number[part],
             )
         return make_step(number, slices, self.trees)
 
@@ -205,8 +203,8 @@ class SinglePass:
 
     def step(self, number: int) -> Step:
         """Return the content of step `number`, of `len(self)` steps."""
-        trees = range(self._edges[number], self._edges[number + 1])
-        return make_step(number, [self.trees.slice(tree) for tree in trees], self.trees)
+        trees = np.arange(self._edges[number], self._edges[number + 1])
+        return make_step(number, self.trees.slices(trees), self.trees)
 
 
 Schedule = TrainingSchedule | SinglePass

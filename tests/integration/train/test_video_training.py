@@ -168,7 +168,7 @@ def test_packed_loss_and_gradients_equal_those_of_single_samples(
         torch.testing.assert_close(gradient, wanted[name] / weight, rtol=1e-4, atol=2e-6)
     # At least each sample's last end mark and newline are left out.
     assert read <= length - 2 * len(samples())
-    assert read == sum(trees.slice(t).tokens for t in range(len(trees)))
+    assert read == sum(one.tokens for one in trees.slices(np.arange(len(trees))))
 
 
 def test_tokens_after_the_last_prediction_are_left_out(world: World) -> None:
@@ -189,7 +189,7 @@ def test_tokens_after_the_last_prediction_are_left_out(world: World) -> None:
 def test_samples_with_one_video_share_a_tree(world: World) -> None:
     joined = world.join("d")
     trees = world.trees(joined, 512)
-    shared = trees.slice(0)
+    shared = trees.slices(np.array([0]))[0]
     assert [joined.name_of(int(m)) for m in shared.members] == ["d/one", "d/same", "d/again"]
     video = len(trees.placeholders.contents(joined, joined.media_of(0).tolist())[0])
     assert shared.prefix == len(["<|im_start|>", "user", "\n"]) + video
@@ -279,7 +279,7 @@ def test_first_rows_order_images_before_frames(world: World) -> None:
     trees = world.trees(joined, 512, max_branches=1)
     rows: dict[int, tuple[str, int]] = {}
     for t in range(len(trees)):
-        sample = int(trees.slice(t).members[0])
+        sample = int(trees.slices(np.array([t]))[0].members[0])
         if len(joined.media_of(sample)):
             m = int(joined.media_of(sample)[0])
             array = "frame" if joined.is_video(m) else "image"

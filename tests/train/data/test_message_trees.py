@@ -1,7 +1,7 @@
 """Message trees: which samples share an image, and where trees are split.
 
 trees = build_message_trees(samples, tokens, max_tokens=512, max_branches=4, placeholders=placeholders)
-trees.slice(0).members    # the samples of the first tree
+trees.slices(np.array([0]))[0].members    # the samples of the first tree
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cache.store.samples import Message, Sample
 from configs import UserError
 from tests.support.feature_caches import M, World, ask, names_of
-from train.data.message_trees import Draw, MessageTrees
+from train.data.message_trees import MessageTrees, TreeSlice
 from train.data.schedule import TrainingSchedule
 
 
+def whole(trees: MessageTrees, number: int | None = None, *, seed: int = 0) -> list[TreeSlice]:
+    """Return all trees; of several answers the first, or those that pass `number` takes."""
+    passes = None if number is None else np.full(len(trees), number, np.int32)
+    return trees.slices(np.arange(len(trees)), seed=seed, passes=passes)
+
+
 def family(trees: MessageTrees) -> list[list[str]]:
-    return [
-        [trees.samples.name_of(int(m)) for m in trees.slice(t).members] for t in range(len(trees))
-    ]
+    return [[trees.samples.name_of(int(m)) for m in one.members] for one in whole(trees)]
 
 
 def test_a_tree_has_samples_of_equal_images_and_equal_beginnings(world: World) -> None:
@@ -57,7 +62,7 @@ def test_a_tree_has_samples_of_equal_images_and_equal_beginnings(world: World) -
     assert trees.first_row[6] == -1
     # Shared: the tokens <|im_start|>, "user" and "\n", then M feature tokens.
     assert trees.prefix.tolist() == [3 + M, 0, 0, 2 * (3 + M) - 3 + len(" or "), 0, 0, 0, 0, 0]
-    assert trees.slice(0).tokens == trees.length[0] + trees.length[2] - (3 + M)
+    assert whole(trees)[0].tokens == trees.length[0] + trees.length[2] - (3 + M)
 
 
 def test_trees_are_split_at_max_branches_and_at_the_window(world: World) -> None:
@@ -70,7 +75,7 @@ def test_trees_are_split_at_max_branches_and_at_the_window(world: World) -> None
     for window in (longest, longest + 30, 3 * longest):
         trees = world.trees(joined, max_tokens=window, max_branches=16)
         assert sorted(n for f in family(trees) for n in f) == sorted(names_of(joined))
-        tokens = [trees.slice(t).tokens for t in range(len(trees))]
+        tokens = [one.tokens for one in whole(trees)]
         assert max(tokens) <= window
         # Split as late as possible: the next branch does not fit.
         for t, used in enumerate(tokens[:-1]):
@@ -143,8 +148,9 @@ def test_answers_to_one_question_are_one_member_with_room_for_the_longest(
     assert "(9 answers to 4 of them, one an epoch)" in trees.describe()
     drawn = set()
     for number in range(6):
-        slices = [trees.slice(t, 0, None, Draw(0, number)) for t in range(len(trees))]
-        drawn.add(tuple(trees.samples.name_of(int(m)) for s in slices for m in s.members))
+        drawn.add(
+            tuple(trees.samples.name_of(int(m)) for s in whole(trees, number) for m in s.members)
+        )
     assert {names[0] for names in drawn} == {"d/a3", "d/a30", "d/a9"}
     assert {names[1:3] for names in drawn} == {("d/b5", "d/d8")}
     assert {names[3] for names in drawn} == {"d/c4", "d/c6"}
@@ -157,8 +163,18 @@ def test_answers_to_one_question_are_one_member_with_room_for_the_longest(
     tight = world.trees(joined, max_tokens=window)
     assert family(tight)[:3] == [["d/a3"], ["d/b5", "d/d8"], ["d/c4"]]
     for number in range(6):
-        for tree in range(len(tight)):
-            assert tight.slice(tree, 0, None, Draw(3, number)).tokens <= window
+        assert all(one.tokens <= window for one in whole(tight, number, seed=3))
+    # A part of a tree has the answers that the whole one has, and the tokens of its own branches.
+    tree, passes = np.array([0]), np.array([4], np.int32)
+    (all_of_it,) = trees.slices(tree, passes=passes)
+    for low, high in ((0, 1), (0, 2), (1, 3), (2, 3)):
+        given = np.array([low]), np.array([high])
+        (part,) = trees.slices(tree, *given, passes=passes)
+        assert part.members.tolist() == all_of_it.members[low:high].tolist()
+        assert part.prefix == (all_of_it.prefix if high - low > 1 else 0)
+        lengths = trees.length[part.members]
+        assert part.tokens == int(lengths.sum()) - part.prefix * (high - low - 1)
+    assert trees.slices(np.arange(0)) == []
 
 
 def test_which_answer_is_drawn_does_not_depend_on_other_data_sets(world: World) -> None:
@@ -167,8 +183,8 @@ def test_which_answer_is_drawn_does_not_depend_on_other_data_sets(world: World) 
         return [
             [
                 trees.samples.name_of(int(m))
-                for t in range(len(trees))
-                for m in trees.slice(t, draw=Draw(1, number)).members
+                for one in whole(trees, number, seed=1)
+                for m in one.members
                 if trees.samples.name_of(int(m)).startswith("d/")
             ]
             for number in range(5)
