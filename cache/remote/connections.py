@@ -246,6 +246,24 @@ def next_block(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     return block
 
 
+def next_block_into(response: http.client.HTTPResponse, target: memoryview) -> int:
+    """Receive the next bytes of a body straight into `target`; return their number, 0 at its end.
+
+    Raises:
+        RequestError: the connection failed, or the deadline is over.
+    """
+    if response.chunked or not response.length:
+        block = next_block(response, len(target))
+        target[: len(block)] = block
+        return len(block)
+    try:
+        count: int = response.fp.readinto1(target[: response.length])
+    except (OSError, ValueError) as error:
+        raise RequestError(_reason(error), again=True) from None
+    response.length -= count
+    return count
+
+
 def _reason(error: Exception) -> str:
     """Return what to say of a failed connection, without addresses or URLs."""
     if isinstance(error, TimeoutError):

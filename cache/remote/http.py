@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import quote, urljoin, urlsplit
 
 from cache.errors import CacheError, NotFoundError, RequestError
-from cache.remote.connections import ConnectionPool, Origin, next_block, origin_of
+from cache.remote.connections import ConnectionPool, Origin, next_block, next_block_into, origin_of
 from cache.remote.deadline import Deadline, plain_text
 from cache.remote.listing import FileInfo
 from cache.remote.net import is_loopback
@@ -222,11 +222,12 @@ def _receive(response: http.client.HTTPResponse, target: memoryview) -> None:
     received = 0
     try:
         while received < len(target):
-            block = next_block(response, len(target) - received)
-            if not block:
+            # Released in any case, as in `read_range`.
+            with target[received:] as rest:
+                count = next_block_into(response, rest)
+            if not count:
                 raise RequestError("the body ends early", again=True)
-            target[received : received + len(block)] = block
-            received += len(block)
+            received += count
     except RequestError as error:
         error.got = received
         raise

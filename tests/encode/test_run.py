@@ -90,6 +90,16 @@ def test_a_job_prints_its_plan_and_its_result(
     assert found.groups() == ("0", "6", "1", "none")
 
 
+def test_a_job_keeps_the_memory_that_it_frees(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("encode.run.keep_memory", lambda: kept.append(True))
+    assert run(photos, "--plan") == 0
+    assert run(photos) == 0
+    assert kept
+
+
 def test_the_callback_of_the_guide_gets_the_progress(
     photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,6 +333,26 @@ def test_a_process_ends_with_what_started_it_also_while_it_hangs(
     decoder._end()
 
 
+def test_a_process_keeps_the_memory_that_it_frees(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "kept"
+    program = f"""
+import json, pathlib, sys
+path, *numbers = json.loads(sys.argv[1])
+sys.path[:] = path
+from encode.worker import decode_process
+decode_process.keep_memory = pathlib.Path({str(flag)!r}).touch
+decode_process.main(*numbers)
+"""
+    monkeypatch.setattr(process_decoder, "PROGRAM", program)
+    decoder = start()
+    decoder.take(square(tmp_path, 24))
+    assert not flag.exists()
+    decoder.needed()
+    assert flag.exists()
+
+
 def test_processes_yield_to_the_thread_that_feeds_a_gpu(start: Start, tmp_path: Path) -> None:
     lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_BESIDE_GPU)
     decoder = start(setup=Setup(fit=FIT, nice=NICE_BESIDE_GPU))
