@@ -41,8 +41,6 @@ ORPHAN_S = 600.0
 """An unfinished file older than this many seconds belongs to a process that has died."""
 FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """How files are opened: not through links, and without waiting for the other end of a FIFO."""
-
-
 _NEW = FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _FOLDER = FLAGS | os.O_RDONLY | os.O_DIRECTORY
 
@@ -70,9 +68,8 @@ class RowCache:
         """
         self._folder, self._limit, self._protected_s = folder, limit_bytes, protected_s
         self._lock = threading.Lock()
-        self._token = secrets.token_hex(
-            4
-        )  # of unfinished files: several machines may share the folder
+        # Of unfinished files: machines that share the folder may have equal process numbers.
+        self._token = secrets.token_hex(4)
         self._size: int | None = (
             None  # bytes in the folder, as of the last scan and our own additions
         )

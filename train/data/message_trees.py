@@ -8,7 +8,7 @@ one. A tree never spans two data sets, because the mix counts each data set sepa
     trees = build_message_trees(
         samples, tokens, max_tokens=4096, max_branches=16, placeholders=placeholders
     )
-    trees.slices(np.array([0]))[0].members # positions in `samples` of the first tree's branches
+    trees.slices(np.array([0]))[0].members    # positions in `samples` of the first tree's branches
 
 Several answers to one question are one member of a tree: one of them is drawn when a step takes the tree.
 They have equal media and an equal beginning, and a tree has room for the longest.
@@ -115,11 +115,9 @@ class MessageTrees:
                 answers to a question is taken; None: the first.
         """
         low = np.zeros_like(trees) if low is None else low
-        first, counts = (
-            self.starts[trees] + low,
-            (self.sizes(trees) if high is None else high) - low,
-        )
-        members, edges = self.members[within(first, counts)], edges_of(counts)
+        counts = (self.sizes(trees) if high is None else high) - low
+        first, edges = self.starts[trees] + low, edges_of(counts)
+        members = self.members[within(first, counts)]
         if passes is not None:
             begin, end = (np.searchsorted(self.choices.slots, at) for at in (first, first + counts))
             for i in np.flatnonzero(begin < end).tolist():

@@ -1,6 +1,6 @@
 """What caching gives a training: fed devices, speed beside other loops, and when a cache has paid.
 
-python -m tests.benchmarks.train                # ten minutes on two free cores; 5 GB of disk, 7 GB of memory
+python -m tests.benchmarks.train                # 10 to 20 minutes on 2 cores; 5 GB of disk, 7 of memory
 python -m tests.benchmarks.train --only fed     # or: speed
 python -m tests.benchmarks.train --small        # the same code, tiny: what `make test` runs
 """
