@@ -387,3 +387,4 @@ def test_random_kills_lose_and_double_nothing(
         assert result.reader.rows("image") == IMAGES
         assert result.reader.logical_hash() == calm.reader.logical_hash(), (i, what)
     assert hits, "no kill hit a working job, so nothing was tested"
+    print(f"{hits} kills of a worker, a node or a driver hit a working job")
