@@ -213,7 +213,7 @@ def _read(fd: int, size: int) -> bytes:
     """Return the next `size` bytes of a file, fewer if it ends before.
 
     In one system call if the file system allows it, as each call lets go of Python's lock, for which the
-    threads that decode wait. FileIO.readall takes five.
+    threads that decode wait. A FileIO and its readall take five.
     """
     parts = []
     while size and (part := os.read(fd, size)):

@@ -44,10 +44,7 @@ from encode.worker.process_decoder import ProcessDecoder
 from model.media.images import BadMediaError, DecodedImage, Failure
 
 READ_GROUP = 16
-"""Sources that are read, and then reserved with one call to the driver, at a time; more for many threads."""
-
-READ_SOME = 4
-"""Sources that a thread reads at a time: to wake it may take longer than to read a small file."""
+"""Sources that are read, and then reserved with one call to the driver, at a time."""
 
 GATHER_S = 0.001
 """Seconds to wait for the next source of a group: the worker puts many, one after the other."""
@@ -197,7 +194,7 @@ class Prefetcher:
         one = self._inbox.get()
         while one is not None and self._open:
             group.append(one)
-            if len(group) == max(READ_GROUP, READ_SOME * self._threads):
+            if len(group) == READ_GROUP:
                 return group
             try:
                 one = self._inbox.get(timeout=GATHER_S)
@@ -207,7 +204,7 @@ class Prefetcher:
 
     def _read_all(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
         """Read sources in all threads, each of which takes some that are adjacent."""
-        each = max(READ_SOME, -(-len(sources) // self._threads))
+        each = -(-len(sources) // self._threads) or 1
         parts = [sources[at : at + each] for at in range(0, len(sources), each)]
         return [item for part in self._readers.map(self._read_some, parts) for item in part]
 

@@ -466,7 +466,7 @@ def test_rows_used_lately_are_not_evicted(tmp_path: Path) -> None:
 def test_a_damaged_file_or_another_row_is_not_returned(tmp_path: Path) -> None:
     rows = RowCache(tmp_path, 100_000)
     put(rows, 1, 2, 3)
-    paths = {n: Path(rows._path("image", n, row(n)[0])) for n in (1, 2, 3)}
+    paths = {n: rows._path("image", n, row(n)[0]) for n in (1, 2, 3)}
     garble(paths[1], 500)
     paths[2].write_bytes(paths[2].read_bytes()[:999])
     assert kept(rows, 1, 2, 3) == [False, False, True]
@@ -516,7 +516,7 @@ def test_odd_files_in_place_of_rows_are_replaced(tmp_path: Path) -> None:
     put(rows, 1, 2, 3)
     outside = tmp_path / "outside"
     outside.write_bytes(row(2)[1])
-    fifo, link = (Path(rows._path("image", number, row(number)[0])) for number in (1, 2))
+    fifo, link = (rows._path("image", number, row(number)[0]) for number in (1, 2))
     fifo.unlink()
     os.mkfifo(fifo)
     link.unlink()

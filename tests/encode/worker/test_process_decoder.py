@@ -362,6 +362,36 @@ def test_processes_yield_to_the_thread_that_feeds_a_gpu(start: Start, tmp_path: 
     assert os.getpriority(os.PRIO_PROCESS, decoder._process.pid) == lower
 
 
+def test_a_prefetcher_asks_once_for_a_small_image_and_twice_for_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reserving:
+        def reserve(self, ids: list[str]) -> list[bool]:
+            return [True] * len(ids)
+
+    sent: list[type[Request]] = []
+    send = ProcessDecoder._send
+
+    def recorded(decoder: ProcessDecoder, request: Request, data: bytes = b"") -> None:
+        sent.append(type(request))
+        send(decoder, request, data)
+
+    monkeypatch.setattr(ProcessDecoder, "_send", recorded)
+    (path,) = draw(tmp_path, 1)
+    for little, requests in ((1 << 20, [Setup, Load]), (10, [Setup, Load, DecodeImage])):
+        sent.clear()
+        log = DecodeLog(tmp_path / "worker.decoding", threads=2)
+        prefetcher = Prefetcher(Reserving(), CONFIG, log, ahead=8, batch_size=2, apart=SETUP)  # type: ignore[arg-type]
+        prefetcher._budget.little = little
+        prefetcher.put(SourceTask(source=str(path)))
+        only, item = prefetcher.get(timeout_s=60), prefetcher.get(timeout_s=60)
+        assert isinstance(only, EncoderInput) and isinstance(item, MediaItem)
+        assert item.failure is None
+        prefetcher.close()
+        log.close()
+        assert sent == requests
+
+
 def test_a_prefetcher_closes_while_a_process_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
