@@ -28,13 +28,16 @@ lint: $(STAMP)
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/integration
 
-# Processes of one thread each, one more than the least that we support has cores: many tests wait.
+# Processes of one thread each, one more than the least that we support has cores: many tests wait. A process
+# that crashes or hangs prints its stacks to standard error, which is shown last.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder 2> .venv/.stderr; \
+	    status=$$?; tail -n 300 .venv/.stderr >&2; exit $$status
 
 # Counted proofs at full count, and new random examples of every property.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak_counted or hypothesis" --soak -s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak_counted or hypothesis" --soak -s \
+	    -o faulthandler_timeout=3600
 
 # The whole with real models: docs/BENCHMARKS.md. Downloads 260 MB once; over two hours, and 20 minutes.
 proof: .venv/.proof

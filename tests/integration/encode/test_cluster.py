@@ -347,7 +347,6 @@ def workers() -> list[int]:
 
 
 @pytest.mark.soak_counted
-@pytest.mark.timeout(3600)
 def test_random_kills_lose_and_double_nothing(
     nodes: Cluster,
     photos: Path,

@@ -65,7 +65,6 @@ def run(folder: Path, first: int, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.soak_counted
-@pytest.mark.timeout(3600)
 def test_commands_on_caches_that_a_stranger_changed(
     folder: Path, soak: Callable[[int, int], int]
 ) -> None:
