@@ -6,7 +6,7 @@
     open      media files that this machine encoded               local_media.py
     count     spaces, coverage of data sets, failures             inventory.py
     copy      rows and tables of one cache to another             copy_rows.py, merge_tables.py
-    convert   fp16 rows to another codec or pooling               convert_rows.py, processes.py
+    convert   fp16 rows to another codec or pooling               convert_rows, compiled_codec, processes
 
 In come a CacheRoot and readers of `cache.store`; out go findings, summaries and plans, which the commands
 print. Whatever changes a space holds its driver lock. Read checks.py first.

@@ -291,6 +291,7 @@ def _converted(
     starts = range(0, len(positions), step)
     # A slot is used again once the batch in it was consumed.
     slots = 1 + 2 * _threads(workers)
+    conversion.compile()  # here, so that not every process does
 
     def work(number: int) -> _Batch:
         places = np.arange(starts[number], min(starts[number] + step, len(positions)))

@@ -6,6 +6,7 @@ python -m cache.convert --codec int8 --pool 2                   # in seconds, wi
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from hypothesis.extra import numpy as hnp
 from cache import convert
 from cache.errors import CacheError, LostProcessError
 from cache.format.codec import CODECS
-from cache.maintenance import copy_rows, processes
+from cache.maintenance import convert_rows, copy_rows, processes
 from cache.maintenance.checks import verify
 from cache.maintenance.convert_rows import Conversion, pool
 from cache.store.paths import CacheRoot
@@ -119,6 +120,26 @@ def test_a_converted_space_equals_an_encoded_one(
     reader = FeatureReader(again.paths)
     assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_image == image
     assert reader.load["converted_from"].startswith(f"{reader.spec.encoder}-fp16-")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_rows_are_packed_by_compiled_loops(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """They store the same bytes."""
+    options = (("--codec", "int8"), ("--codec", "int4", "--pool", 2))
+    stored = []
+    for worth in (10**12, 0):
+        monkeypatch.setattr(convert_rows, "WORTH_VALUES", worth)
+        shutil.copytree(whole, tmp_path / str(worth))
+        for words in options:
+            run(tmp_path / str(worth), *words, "--workers", workers)
+        stored.append(hashes(tmp_path / str(worth)))
+    assert stored[0] == stored[1] and len(stored[0]) == 3
+    spec = replace(SPEC, codec="fp16")
+    assert Conversion.between(spec, SPEC, "image", rows=1).compiled
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not Conversion.between(spec, SPEC, "image", rows=1).compiled, "numba is not there"
 
 
 def test_another_shard_format_holds_equal_rows(whole: Path, tmp_path: Path) -> None:
