@@ -150,6 +150,12 @@ def test_ray_workers_store_the_same_rows_as_inline_and_listen_on_loopback_alone(
     assert addresses <= {"127.0.0.1", "::1"}, listeners.found
 
 
+def test_workers_have_the_priority_of_the_command() -> None:
+    """Ray's own default would give them 3 % of a core that another process wants."""
+    niceness = ray.remote(lambda: os.nice(0)).options(num_cpus=0)
+    assert ray.get(niceness.remote()) == os.nice(0)
+
+
 REFUSED = """
 import os, sys
 import ray._raylet as ray
