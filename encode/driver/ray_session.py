@@ -55,7 +55,7 @@ def ray_environment(token: Path) -> Iterator[None]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",  # statistics would be sent over the network
         "RAY_enable_metrics_collection": "0",  # ray[default] would open a port for them
-        "RAY_worker_niceness": "0",  # with Ray's 15 a worker would get 3 % of a core that another process wants
+        "RAY_worker_niceness": "0",  # Ray's 15: 3 % of a core that another process wants
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it, each start prints a warning
     }
     before = {name: os.environ.get(name) for name in variables}
