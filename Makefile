@@ -29,10 +29,10 @@ quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/integration
 
 # Processes of one thread each, one more than the least that we support has cores: many tests wait. A process
-# that crashes or hangs prints its stacks to standard error, which is shown last.
+# that crashes or hangs prints its stacks to standard error, which is shown last if a test has failed.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder 2> .venv/.stderr; \
-	    status=$$?; tail -n 300 .venv/.stderr >&2; exit $$status
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder 2> .venv/.stderr \
+	    || { tail -n 300 .venv/.stderr >&2; exit 1; }
 
 # Counted proofs at full count, and new random examples of every property.
 soak: $(STAMP)

@@ -10,9 +10,9 @@ packed. Sources that have lost more than that are refused: rows of a lossy codec
 pooled. Only rows that the new space lacks are converted, so run the command again after the source has grown,
 or after it was interrupted. Damaged rows of the source are reported and skipped; the exit status is then 1.
 
-Every core has a process that converts, of about 60 MB; the files do not depend on their number. For a
-thousand rows and more numba compiles the loops: once, for ten seconds, and a process has 160 MB. Ctrl-C
-commits what is converted, and stops.
+Every core has a process that converts, of about 60 MB; the files do not depend on their number. Where each
+has two thousand rows or more, numba compiles the loops: ten seconds the first time, and 160 MB for each
+process. Ctrl-C commits what is converted, and stops.
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
                             space,
                             array,
                             found,
-                            conversion=Conversion.between(source.spec, spec, array, len(found)),
+                            conversion=Conversion.between(
+                                source.spec, spec, array, len(found) / workers
+                            ),
                             workers=workers,
                             fence=lock.fence,
                             done=done,

@@ -1,21 +1,23 @@
-"""Pack rows in compiled loops: the bytes and errors of `cache.format.codec.quantise` in a third of its time.
+"""Pack rows in compiled loops: bytes and errors of `cache.format.codec.quantise`, two to three times as fast.
 
     rows, errors = quantise(halves, "int8")     # (R, tokens, width) float16 -> (R, row_bytes) uint8, (R,)
     pooled, errors = pool(halves, 2)            # -> (R, tokens / 4, width) float16, (R,)
 
-numba compiles the loops at the first call, which takes seconds, and keeps the result for later processes. So
-this is for many rows: see `WORTH_VALUES`. Nothing is reordered, no product is fused with a sum: every
-operation is that of `cache.format.codec`, whose comments say why. The loops differ in what they hold: the
-blocks of `LANES` tokens at a time, in columns, all of them in the processor's first cache.
+numba compiles the loops at the first call, which takes seconds, and keeps the result for later processes
+beside Python's own compiled files, and trusted like them. So this is for many rows: see `WORTH_VALUES` in
+convert_rows.py. Nothing is reordered, no product is fused with a sum: every operation is that of
+`cache.format.codec`, whose comments say why. The loops differ in what they hold: the blocks of `LANES` tokens
+at a time, in columns, all of them in the processor's first cache.
 
 Arrays are flat: value c of the block of token i is at c * LANES + i. So the compiler knows all distances, and
-computes with 4, 8 or 16 neighbouring tokens in one instruction.
+computes with 4, 8 or 16 neighbouring tokens in one instruction. A loop over blocks is a function of its own,
+in which the compiler knows that the arrays are not one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -60,14 +62,25 @@ REBIAS = 112 << 10
 
 Function = Callable[..., Any]
 
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+"""Of numba: a division by zero is no error, and threads may run beside."""
 
-def jit(function: Function) -> Function:
-    """Let numba compile a function when it is first called."""
-    options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+
+def kernel(function: Function) -> Function:
+    """Let numba compile a function when it is first called, and keep the result for later processes.
+
+    The result contains the functions that it calls. They are not kept themselves: of two processes that keep
+    parts of one function at a time, numba 0.68 gave one the parts of the other (2026-11-27: other bytes).
+    """
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # no folder that it may write to
-        return numba.njit(**options)(function)
+        return part(function)
+
+
+def part(function: Function) -> Function:
+    """Let numba compile a function into the kernels that call it."""
+    return numba.njit(**OPTIONS)(function)
 
 
 def quantise(
@@ -93,9 +106,9 @@ def quantise(
     lost, energy = np.empty((2, count, groups), np.float32)
     # Without a mean token, rows do not matter, and all of them are one.
     in_row = tokens if with_mean else count
-    kernel = _pack_int4 if codec == "int4" else _pack_int8
+    pack = _pack_int4 if codec == "int4" else _pack_int8
     bits = x.astype(np.float16, copy=False).view(np.int16).reshape(count, width)
-    kernel(bits, in_row, with_mean, codes, scales, means, totals, lost, energy)
+    pack(bits, in_row, with_mean, codes, scales, means, totals, lost, energy)
     parts = codes, scales, means[:, : size - scales_end]
     packed = np.concatenate([part.reshape(rows, -1).view(np.uint8) for part in parts], axis=1)
     exact = means.view(np.float16).astype(np.float64)
@@ -128,7 +141,7 @@ def pool(
     return pooled.view(np.float16), relative.astype(np.float32)
 
 
-@jit
+@kernel
 def _pool(bits: Any, grid: int, window: int, pooled: Any, lost: Any, energy: Any) -> None:
     """Pool rows (R, grid^2, V) into `pooled`, bits of float16.
 
@@ -155,7 +168,7 @@ def _pool(bits: Any, grid: int, window: int, pooled: Any, lost: Any, energy: Any
                 energy[row, c] += exact[c] * exact[c]
 
 
-@jit
+@kernel
 def _pack_int8(
     bits: Any,
     in_row: int,
@@ -177,15 +190,9 @@ def _pack_int8(
         totals: (rows, 64 G) float32, the sum of the tokens.
         lost, energy: (N, G) float32, the squared error of each block and its sum of squares.
     """
-    mean = np.zeros(bits.shape[1], np.float32)
-    sums = np.empty(in_row // 2 * CHANNELS if with_mean else 0, np.float32)
-    tokens = np.empty(LANES * bits.shape[1], np.float32)
-    x = np.empty(LANES * BLOCK, np.float32)
-    y = np.empty(LANES * BLOCK, np.float32)
-    steps = np.empty(LANES, np.float32)
-    divisors = np.empty(LANES, np.float32)
+    mean, sums, tokens, x, y = _scratch(in_row, with_mean, bits.shape[1])
+    steps, divisors, squares, _, _, _ = _lanes()
     halves = np.empty(LANES, np.uint16)
-    squares = np.empty(LANES, np.float32)
     for start in range(0, len(bits), in_row):
         row, end = start // in_row, start + in_row
         if with_mean:
@@ -211,7 +218,7 @@ def _pack_int8(
                 lost[first : first + count, group] = squares[:count]
 
 
-@jit
+@kernel
 def _pack_int4(
     bits: Any,
     in_row: int,
@@ -224,21 +231,11 @@ def _pack_int4(
     energy: Any,
 ) -> None:
     """Pack N tokens of G blocks into int4: codes (N, 32 G); the others are those of `_pack_int8`."""
-    mean = np.zeros(bits.shape[1], np.float32)
-    sums = np.empty(in_row // 2 * CHANNELS if with_mean else 0, np.float32)
-    tokens = np.empty(LANES * bits.shape[1], np.float32)
-    x = np.empty(LANES * BLOCK, np.float32)
-    y = np.empty(LANES * BLOCK, np.float32)
+    mean, sums, tokens, x, y = _scratch(in_row, with_mean, bits.shape[1])
     work = np.empty(LANES * BLOCK // 8, np.float32)
     chosen = np.empty(LANES * BLOCK, np.int32)
-    extreme = np.empty(LANES, np.float32)
-    steps = np.empty(LANES, np.float32)
-    divisors = np.empty(LANES, np.float32)
-    best = np.empty(LANES, np.float32)
-    halves = np.empty(LANES, np.uint16)
-    best_halves = np.empty(LANES, np.uint16)
-    squares = np.empty(LANES, np.float32)
-    least = np.empty(LANES, np.float32)
+    steps, divisors, squares, extreme, best, least = _lanes()
+    halves, best_halves = np.empty(LANES, np.uint16), np.empty(LANES, np.uint16)
     for start in range(0, len(bits), in_row):
         row, end = start // in_row, start + in_row
         if with_mean:
@@ -273,7 +270,30 @@ def _pack_int4(
                         codes[first + i, group * BLOCK // 2 + c] = chosen[c * LANES + i] | high
 
 
-@jit
+@part
+def _scratch(in_row: int, with_mean: bool, width: int) -> tuple[Any, Any, Any, Any, Any]:
+    """Return what a kernel fills: mean token, sums of tokens, tokens of a tile, and twice its blocks."""
+    mean = np.zeros(width, np.float32)
+    sums = np.empty(in_row // 2 * CHANNELS if with_mean else 0, np.float32)
+    tokens = np.empty(LANES * width, np.float32)
+    return (
+        mean,
+        sums,
+        tokens,
+        np.empty(LANES * BLOCK, np.float32),
+        np.empty_like(tokens[: LANES * BLOCK]),
+    )
+
+
+@part
+def _lanes() -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Return six arrays of a value for each lane."""
+    a, b, c = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    d, e, f = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    return a, b, c, d, e, f
+
+
+@part
 def _widen(bits: Any, token: int, channel: int, out: Any) -> None:
     """Fill `out` with values of a token from `channel` on, divided by HALF_UNIT."""
     moved = out.view(np.int32)
@@ -281,7 +301,7 @@ def _widen(bits: Any, token: int, channel: int, out: Any) -> None:
         moved[c] = (np.int32(bits[token, channel + c]) << 13) & HALF_BITS
 
 
-@jit
+@part
 def _mean_token(
     bits: Any, start: int, end: int, sums: Any, mean: Any, halves: Any, total: Any
 ) -> None:
@@ -317,7 +337,7 @@ def _mean_token(
     _to_halves(mean, halves)
 
 
-@jit
+@part
 def _to_halves(values: Any, halves: Any) -> None:
     """Round values in place as float16 does; write the bits of it to `halves`."""
     bits = values.view(np.int32)
@@ -335,7 +355,7 @@ def _to_halves(values: Any, halves: Any) -> None:
         values[i] = -size if halves[i] > 0x7FFF else size
 
 
-@jit
+@part
 def _load(bits: Any, first: int, count: int, out: Any) -> None:
     """Fill `out` (LANES * width) with `count` tokens, divided by HALF_UNIT, and zeros for the other lanes."""
     width = bits.shape[1]
@@ -344,7 +364,7 @@ def _load(bits: Any, first: int, count: int, out: Any) -> None:
     out[count * width :] = 0
 
 
-@jit
+@part
 def _rotated(tokens: Any, channel: int, mean: Any, together: Any, x: Any) -> None:
     """Write the rotated blocks of LANES tokens to `x`, less the mean token's. Overwrites `together`."""
     width = len(mean)
@@ -357,45 +377,39 @@ def _rotated(tokens: Any, channel: int, mean: Any, together: Any, x: Any) -> Non
         off = mean[channel + c] * EIGHTHS[c]
         for i in range(LANES):
             x[c * LANES + i] = together[i * BLOCK + c] * eighth - off
-    _near_stages(x)
-    _far_stages(x)
+    _stages(x, 1)
+    _stages(x, 8)
 
 
-@jit
+@part
 def _divide_by(steps: Any, factor: Any, out: Any) -> None:
     """Write what values are divided by to `out`: steps times `factor`, or where that is 0, infinity."""
     for i in range(LANES):
         out[i] = INF if steps[i] == 0 else steps[i] * factor
 
 
-def _stages(step: int) -> Function:
-    """Return three stages of the Hadamard transform: of values 1, 2 and 4 times `step` apart."""
+@part
+def _stages(x: Any, step: int) -> None:
+    """Compute three stages of the Hadamard transform: of values 1, 2 and 4 times `step` apart."""
     apart = step * LANES
-
-    def stages(x: Any) -> None:
-        for one in range(BLOCK // 8):
-            at = (one % step + one // step * 8 * step) * LANES
-            for i in range(at, at + LANES):
-                a, b = x[i], x[i + apart]
-                c, d = x[i + 2 * apart], x[i + 3 * apart]
-                e, f = x[i + 4 * apart], x[i + 5 * apart]
-                g, h = x[i + 6 * apart], x[i + 7 * apart]
-                a, b, c, d = a + b, a - b, c + d, c - d
-                e, f, g, h = e + f, e - f, g + h, g - h
-                a, b, c, d = a + c, b + d, a - c, b - d
-                e, f, g, h = e + g, f + h, e - g, f - h
-                x[i], x[i + apart] = a + e, b + f
-                x[i + 2 * apart], x[i + 3 * apart] = c + g, d + h
-                x[i + 4 * apart], x[i + 5 * apart] = a - e, b - f
-                x[i + 6 * apart], x[i + 7 * apart] = c - g, d - h
-
-    return jit(stages)
+    for one in range(BLOCK // 8):
+        at = (one % step + one // step * 8 * step) * LANES
+        for i in range(at, at + LANES):
+            a, b = x[i], x[i + apart]
+            c, d = x[i + 2 * apart], x[i + 3 * apart]
+            e, f = x[i + 4 * apart], x[i + 5 * apart]
+            g, h = x[i + 6 * apart], x[i + 7 * apart]
+            a, b, c, d = a + b, a - b, c + d, c - d
+            e, f, g, h = e + f, e - f, g + h, g - h
+            a, b, c, d = a + c, b + d, a - c, b - d
+            e, f, g, h = e + g, f + h, e - g, f - h
+            x[i], x[i + apart] = a + e, b + f
+            x[i + 2 * apart], x[i + 3 * apart] = c + g, d + h
+            x[i + 4 * apart], x[i + 5 * apart] = a - e, b - f
+            x[i + 6 * apart], x[i + 7 * apart] = c - g, d - h
 
 
-_near_stages, _far_stages = _stages(1), _stages(8)
-
-
-@jit
+@part
 def _sum_squares(x: Any, work: Any, out: Any) -> None:
     """Write the sum of squares of each block to `out` (LANES), halves added to halves. Overwrites `work`."""
     eighth = BLOCK // 8 * LANES
@@ -411,7 +425,7 @@ def _sum_squares(x: Any, work: Any, out: Any) -> None:
         out[i] = a + b
 
 
-@jit
+@part
 def _largest(x: Any, out: Any) -> None:
     """Write the largest magnitude of each block to `out` (LANES)."""
     out[:] = 0
@@ -420,7 +434,7 @@ def _largest(x: Any, out: Any) -> None:
             out[i] = max(out[i], abs(x[c * LANES + i]))
 
 
-@jit
+@part
 def _extreme(x: Any, high: Any, out: Any) -> None:
     """Write the value of largest magnitude of each block, its sign turned, to `out`. Overwrites `high`."""
     low = out
@@ -434,7 +448,7 @@ def _extreme(x: Any, high: Any, out: Any) -> None:
         out[i] = -magnitude if high[i] > -low[i] else magnitude
 
 
-@jit
+@part
 def _round(x: Any, steps: Any, divisors: Any, y: Any) -> None:
     """Write the codes of values to `y`, and what they are off to `x`."""
     for c in range(BLOCK):
@@ -445,43 +459,36 @@ def _round(x: Any, steps: Any, divisors: Any, y: Any) -> None:
             x[c * LANES + i] = code * steps[i] - x[c * LANES + i]
 
 
-def _nearest(results: Sequence[Any]) -> Function:
-    """Return a function of twice a value: the one of 16 `results` that stands for the level nearest to it."""
-    r, b = tuple(results), BETWEEN
-
+@part
+def _nearest(twice: float, r: Any) -> Any:
+    """Return the one of 16 results that stands for the level nearest to a value, by twice the value."""
     # Four comparisons. All results are computed and one is taken, since several values are looked up at once.
-    def nearest(twice: float) -> Any:
-        upper = twice > b[7]
-        second = twice > (b[11] if upper else b[3])
-        of_upper = (b[13] if upper else b[5]) if second else (b[9] if upper else b[1])
-        third = twice > of_upper
-        in_high = (b[14] if third else b[12]) if second else (b[10] if third else b[8])
-        in_low = (b[6] if third else b[4]) if second else (b[2] if third else b[0])
-        last = twice > (in_high if upper else in_low)
-        a = (r[15] if last else r[14]) if third else (r[13] if last else r[12])
-        c = (r[11] if last else r[10]) if third else (r[9] if last else r[8])
-        d = (r[7] if last else r[6]) if third else (r[5] if last else r[4])
-        e = (r[3] if last else r[2]) if third else (r[1] if last else r[0])
-        return (a if second else c) if upper else (d if second else e)
-
-    return jit(nearest)
+    b = BETWEEN
+    upper = twice > b[7]
+    second = twice > (b[11] if upper else b[3])
+    third = twice > ((b[13] if upper else b[5]) if second else (b[9] if upper else b[1]))
+    in_high = (b[14] if third else b[12]) if second else (b[10] if third else b[8])
+    in_low = (b[6] if third else b[4]) if second else (b[2] if third else b[0])
+    last = twice > (in_high if upper else in_low)
+    a = (r[15] if last else r[14]) if third else (r[13] if last else r[12])
+    c = (r[11] if last else r[10]) if third else (r[9] if last else r[8])
+    d = (r[7] if last else r[6]) if third else (r[5] if last else r[4])
+    e = (r[3] if last else r[2]) if third else (r[1] if last else r[0])
+    return (a if second else c) if upper else (d if second else e)
 
 
-_nearest_level, _nearest_code = _nearest(LEVELS), _nearest(CODES)
-
-
-@jit
+@part
 def _off_levels(x: Any, steps: Any, divisors: Any, out: Any) -> None:
     """Write what values are off when they become the nearest level, in steps, to `out`."""
     for c in range(BLOCK):
         for i in range(LANES):
-            level = _nearest_level(x[c * LANES + i] / divisors[i])
+            level = _nearest(x[c * LANES + i] / divisors[i], LEVELS)
             out[c * LANES + i] = level * steps[i] - x[c * LANES + i]
 
 
-@jit
+@part
 def _choose(x: Any, divisors: Any, out: Any) -> None:
     """Write the codes of the levels nearest to values to `out`."""
     for c in range(BLOCK):
         for i in range(LANES):
-            out[c * LANES + i] = _nearest_code(x[c * LANES + i] / divisors[i])
+            out[c * LANES + i] = _nearest(x[c * LANES + i] / divisors[i], CODES)

@@ -4,20 +4,21 @@
     errors = conversion(rows, out)          # (n, source_bytes) uint8 -> (n, target_bytes) uint8
 
 The bytes are those that encoding stores, because features are rounded to float16 before they are pooled and
-packed. Processes do this: see processes.py. They start quickly, since they import nothing but numpy; for many
-rows also compiled_codec.py, which takes a second and packs two to three times as fast.
+packed. Nothing but numpy is needed, so processes that do this start quickly: see processes.py. Many rows are
+converted by the loops of compiled_codec.py, which numba has to load or compile first.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from cache.errors import CacheError
 from cache.format import codec
 from cache.format.spec import FeatureSpec
 
@@ -25,9 +26,10 @@ FP16_INF = 0x7C00
 """The bits of a float16 from which on, without its sign, it is Inf or NaN."""
 FP16_SIGN = 0x8000
 
-WORTH_VALUES = 500_000_000
-"""Values from which on compiled loops are worth the ten seconds that compiling takes once: 850 rows of
-576 x 1024, which numpy packs in 8 s of a core (int8) or 27 (int4)."""
+WORTH_VALUES = 1_000_000_000
+"""Values of one process from which on compiled loops are worth it: 1,700 rows of 576 x 1024. numpy packs them
+in 13 s (int8) or 52 (int4), compiled loops in 4 or 22, after 10 to 15 s of compiling the first time, and 1 s
+of loading later (docs/BENCHMARKS.md, 2026-11-27)."""
 
 Rows = npt.NDArray[np.uint8]
 
@@ -48,14 +50,14 @@ class Conversion:
     """Whether compiled_codec.py does it. The bytes are the same."""
 
     @classmethod
-    def between(cls, source: FeatureSpec, target: FeatureSpec, array: str, rows: int = 0) -> Self:
+    def between(cls, source: FeatureSpec, target: FeatureSpec, array: str, rows: float = 0) -> Self:
         """Return the conversion of an array (image, frame) of an fp16 space into that of another space.
 
         Args:
             source: the spec of the fp16 space.
             target: the spec of the other one.
             array: image or frame.
-            rows: how many are converted: many are, by compiled loops.
+            rows: rows that one process converts; many are, by compiled loops.
         """
         values = rows * source.tokens(array) * source.width
         changes = target.codec != "fp16" or target.pool(array) != source.pool(array)
@@ -64,15 +66,27 @@ class Conversion:
             width=source.width,
             window=target.pool(array) // source.pool(array),
             codec=target.codec,
-            compiled=changes
-            and values >= WORTH_VALUES
-            and importlib.util.find_spec("numba") is not None,
+            compiled=changes and values >= WORTH_VALUES and _compiles(),
         )
 
     def compile(self) -> None:
-        """Compile what this conversion uses, unless that was done before: processes find the result."""
-        if self.compiled:
-            self._converted(np.zeros((1, self.source_bytes), np.uint8))
+        """Compile what this conversion uses, or load what was compiled, and compare it with numpy once.
+
+        Raises:
+            CacheError: the compiled loops give other bytes.
+        """
+        if not self.compiled:
+            return
+        values = np.random.default_rng(0).standard_normal(self.tokens * self.width) * 50
+        row = values.astype("<f2").view(np.uint8)[None]
+        compiled, _ = self._converted(row)
+        by_numpy, _ = replace(self, compiled=False)._converted(row)
+        if not np.array_equal(compiled, by_numpy):
+            kept = Path(__file__).parent / "__pycache__"
+            raise CacheError(
+                f"loops compiled by numba give other bytes than numpy: remove those that it keeps (rm "
+                f"{kept}/compiled_codec.*.nb*), or convert without it (pip uninstall numba)"
+            )
 
     @property
     def source_bytes(self) -> int:
@@ -100,9 +114,9 @@ class Conversion:
             rows = np.where(finite[:, None], rows, np.uint8(0))
         errors = np.empty(len(rows), np.float32)
         # One row at a time, whose values stay in the processor's cache. Small ones share the cost of a call.
-        step = max(1, codec.PART_VALUES // (self.tokens * self.width))
-        if self.compiled:
-            step = len(rows)
+        # Compiled loops see to that themselves.
+        at_once = codec.PART_VALUES // (self.tokens * self.width)
+        step = max(1, len(rows) if self.compiled else at_once)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             out[part], errors[part] = self._converted(rows[part])
@@ -117,9 +131,8 @@ class Conversion:
         if self.codec == "fp16":
             return halves.astype("<f2", copy=False).view(np.uint8).reshape(len(rows), -1), lost
         packed, errors = self._quantise(halves)
-        if (
-            self.window > 1
-        ):  # the two errors have nothing to do with each other, so their squares add up
+        # The two errors have nothing to do with each other, so their squares add up.
+        if self.window > 1:
             errors = np.sqrt(errors * errors + lost * lost)
         return packed, errors
 
@@ -140,6 +153,15 @@ class Conversion:
         rounded = codec.round_to_halves(features)
         lost = _relative(rounded - features, features)
         return rounded, lost
+
+
+def _compiles() -> bool:
+    """Return whether numba is there, and works with this Python and numpy."""
+    try:
+        import cache.maintenance.compiled_codec  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _relative(off: npt.NDArray[np.float32], features: npt.NDArray[np.float32]) -> Any:

@@ -243,9 +243,13 @@ def serve() -> None:
     memory = mmap.mmap(task["fd"], task["nbytes"])
     os.close(task["fd"])
     slots = _Slots(memory, conversion, task["batch_rows"])
+    is_compiled = False
     for line in sys.stdin.buffer:
         start = time.perf_counter()
         try:
+            if not is_compiled:
+                conversion.compile()
+                is_compiled = True
             slot, count = map(int, line.split())
             source, target, errors = slots.views(slot, count)
             errors[:] = conversion(source, target)

@@ -6,7 +6,6 @@ python -m cache.convert --codec int8 --pool 2                   # in seconds, wi
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -29,7 +28,7 @@ from hypothesis.extra import numpy as hnp
 from cache import convert
 from cache.errors import CacheError, LostProcessError
 from cache.format.codec import CODECS
-from cache.maintenance import convert_rows, copy_rows, processes
+from cache.maintenance import compiled_codec, convert_rows, copy_rows, processes
 from cache.maintenance.checks import verify
 from cache.maintenance.convert_rows import Conversion, pool
 from cache.store.paths import CacheRoot
@@ -126,20 +125,80 @@ def test_a_converted_space_equals_an_encoded_one(
 def test_many_rows_are_packed_by_compiled_loops(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """They store the same bytes."""
-    options = (("--codec", "int8"), ("--codec", "int4", "--pool", 2))
+    """They store the same bytes. What counts is how many rows each process has."""
+    compiled: list[bool] = []
+    real = copy_rows.Converters
+
+    def converters(conversion: Conversion, **words: Any) -> Any:
+        compiled.append(conversion.compiled)
+        return real(conversion, **words)
+
+    monkeypatch.setattr(copy_rows, "Converters", converters)
+    spec = FeatureReader(CacheRoot(whole).space(next(iter(hashes(whole))))).spec
+    worth = 6 * spec.tokens("image") * spec.width // workers
     stored = []
-    for worth in (10**12, 0):
-        monkeypatch.setattr(convert_rows, "WORTH_VALUES", worth)
-        shutil.copytree(whole, tmp_path / str(worth))
-        for words in options:
-            run(tmp_path / str(worth), *words, "--workers", workers)
-        stored.append(hashes(tmp_path / str(worth)))
-    assert stored[0] == stored[1] and len(stored[0]) == 3
+    for limit in (worth + 1, worth):
+        monkeypatch.setattr(convert_rows, "WORTH_VALUES", limit)
+        folder = tmp_path / str(limit)
+        shutil.copytree(whole, folder)
+        for words in (("--codec", "int8"), ("--codec", "int4", "--pool", 2), ("--pool", 2)):
+            run(folder, *words, "--workers", workers)
+        stored.append(hashes(folder))
+    assert compiled == 6 * [False] + [*5 * [True], False], "frames of the third stay as they are"
+    assert stored[0] == stored[1] and len(stored[0]) == 4
+
+
+WRONG = """
+import sys
+sys.path[:] = sys.argv[1:]
+from cache.maintenance import compiled_codec, processes
+real = compiled_codec.quantise
+def wrong(x, codec):
+    rows, errors = real(x, codec)
+    rows[0, -1] ^= 1
+    return rows, errors
+compiled_codec.quantise = wrong
+processes.serve()
+"""
+
+
+def test_compiled_loops_that_give_other_bytes_are_not_used(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those were that two processes had kept in one place at a time."""
+    conversion = Conversion(tokens=36, width=64, window=1, codec="int8", compiled=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "PROGRAM", WRONG)
+        with (
+            processes.Converters(conversion, batch_rows=1, slots=1, workers=2) as converters,
+            pytest.raises(
+                LostProcessError, match="failed: CacheError: loops compiled by numba give"
+            ),
+        ):
+            converters.convert(0, 1)
+    real = compiled_codec.quantise
+
+    def wrong(x: Any, name: str) -> Any:
+        rows, errors = real(x, name)
+        rows[0, -1] ^= 1
+        return rows, errors
+
+    monkeypatch.setattr(convert_rows, "WORTH_VALUES", 0)
+    monkeypatch.setattr(compiled_codec, "quantise", wrong)
+    shutil.copytree(whole, tmp_path / "cache")
+    with pytest.raises(CacheError, match="give other bytes than numpy: remove those"):
+        run(tmp_path / "cache", "--codec", "int8", "--workers", 1)
+    made = next((tmp_path / "cache" / "spaces").glob("*int8*"))
+    assert not list(made.rglob("*.parquet")), "nothing is stored"
+
+
+def test_without_numba_numpy_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(SPEC, codec="fp16")
-    assert Conversion.between(spec, SPEC, "image", rows=1).compiled
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not Conversion.between(spec, SPEC, "image", rows=1).compiled, "numba is not there"
+    assert Conversion.between(spec, SPEC, "image", rows=1e9).compiled
+    assert not Conversion.between(spec, SPEC, "image", rows=1).compiled, "it is not worth it"
+    assert not Conversion.between(spec, spec, "image", rows=1e9).compiled, "nothing is packed"
+    monkeypatch.setitem(sys.modules, "cache.maintenance.compiled_codec", None)
+    assert not Conversion.between(spec, SPEC, "image", rows=1e9).compiled
 
 
 def test_another_shard_format_holds_equal_rows(whole: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """How many rows `cache.convert` converts in a second, for each core.
 
-python -m tests.benchmarks.codecs.convert --rows 600        # two minutes, 2 GB of disk below --folder
+python -m tests.benchmarks.codecs.convert --rows 600        # five minutes, 2 GB of disk below --folder
 
 A short and a long space are converted in turns, with a process on every core, from the first row read to the
-last one committed. The slope between the two is the speed; the rest is start-up. Both are packed as many rows
-are: by compiled loops. Rows of 576 x 1024 become
-another codec, or are pooled 2 x 2 (144 tokens) or 3 x 3 (64) first: then all 576 tokens are still read,
-checked and added up. Rows that are pooled already (64 tokens, a ninth of the values) must be
-ten times as fast.
+last one committed. The slope between the two is the speed; the rest is start-up. They are packed by compiled
+loops, as many rows are, and in turns by numpy, as few are. Rows of 576 x 1024 become another codec, or are
+pooled 2 x 2 (144 tokens) or 3 x 3 (64) first: then all 576 tokens are still read, checked and added up. Rows
+that are pooled already (64 tokens, a ninth of the values) must be ten times as fast.
 """
 
 from __future__ import annotations
@@ -41,6 +40,10 @@ CASES = (
 """The pooling of the source's images, what its rows become, and the rows a second that a core must make."""
 
 
+COMPILED, BY_NUMPY = 0, 10**18
+"""Values from which on rows are packed by compiled loops."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(bench.Options):
     """What to measure."""
@@ -60,28 +63,31 @@ def measure_conversion(folder: Path, rows: int, rounds: int, requirements: Requi
         for count in counts:
             if not (folder / f"{pooled}-{count}").exists():
                 make_space(folder / f"{pooled}-{count}", replace(CLIP, pool_image=pooled), count)
-        slopes = []
+        slopes: dict[int, list[float]] = {COMPILED: [], BY_NUMPY: []}
         for _ in range(rounds):
-            taken = []
-            for count in counts:
-                source = find_source(CacheRoot(folder / f"{pooled}-{count}"), None)
-                target = folder / "target"
-                wanted = replace(options, workers=workers)
-                work = functools.partial(convert, CacheRoot(target), source, wanted)
-                with quiet(), mock.patch.object(convert_rows, "WORTH_VALUES", 0):
-                    taken.append(seconds(work))
-                shutil.rmtree(target)
-            slopes.append(max((taken[1] - taken[0]) / (counts[1] - counts[0]), 1e-9))
-            starts.append(taken[0] - counts[0] * slopes[-1])
+            for worth, found in slopes.items():
+                taken = []
+                for count in counts:
+                    source = find_source(CacheRoot(folder / f"{pooled}-{count}"), None)
+                    target = folder / "target"
+                    wanted = replace(options, workers=workers)
+                    work = functools.partial(convert, CacheRoot(target), source, wanted)
+                    with quiet(), mock.patch.object(convert_rows, "WORTH_VALUES", worth):
+                        taken.append(seconds(work))
+                    shutil.rmtree(target)
+                found.append(max((taken[1] - taken[0]) / (counts[1] - counts[0]), 1e-9))
+                if worth == COMPILED:
+                    starts.append(taken[0] - counts[0] * found[-1])
         before, after = (
             CLIP.tokens("image") // side**2 for side in (pooled, options.pool or pooled)
         )
         name = f"cache.convert, {before} tokens to {after} in {options.codec}, rows/s a core"
-        rate = 1 / statistics.median(slopes) / workers
+        rate, slow = (1 / statistics.median(found) / workers for found in slopes.values())
         if required is None:
             note(name, f"{rate:.0f}")
         else:
             requirements.at_least(name, rate, required)
+        note("  by numpy, as few rows are", f"{slow:.0f}")
     note("cache.convert: start-up, s", f"{statistics.median(starts):.2f}")
     shutil.rmtree(folder)
 

@@ -95,4 +95,4 @@ def test_without_a_folder_to_write_to_it_compiles_all_the_same(
         return real(**options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert compiled_codec.jit(lambda a, b: a + b)(1, 2) == 3
+    assert compiled_codec.kernel(lambda a, b: a + b)(1, 2) == 3
