@@ -69,8 +69,8 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 def kernel(function: Function) -> Function:
     """Let numba compile a function when it is first called, and keep the result for later processes.
 
-    The result contains the functions that it calls. They are not kept themselves: of two processes that keep
-    parts of one function at a time, numba 0.68 gave one the parts of the other (2026-11-27: other bytes).
+    The result contains the functions that it calls. They are not kept themselves: when they were, one of two
+    processes that compiled at a time packed other bytes (numba 0.68, docs/BENCHMARKS.md, 2026-11-27).
     """
     try:
         return numba.njit(cache=True, **OPTIONS)(function)
