@@ -5,7 +5,9 @@
     found = compare(folder, questions, expected)     # MismatchError unless they are equal
 
 Both sides compute in float32 on the CPU. Features of an image are computed from its pixels on both sides, not
-passed through the codec of a cache; what the codec changes is measured beside it.
+passed through the codec of a cache; what the codec changes is measured beside it. Where float32 itself rounds
+by more than the limit, each side by as much, logits are computed once more in float64, by `exact_logits`, and
+compared with `compare(..., exact=True)`. The limit is the same.
 
 L tokens of a prompt, T of them text, R rows of the output layer, n images.
 """
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,10 @@ class MismatchError(Exception):
     """The exported model differs from our own; the message says where."""
 
 
+class LogitsError(MismatchError):
+    """A logit differs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """One prompt."""
@@ -76,7 +84,7 @@ class Expected:
     ids: list[int]
     """(L,) tokens of the prompt."""
     logits: Tensor
-    """(T, R) logits at each token of text, float32."""
+    """(T, R) logits at each token of text, float32, or of `exact_logits` float64."""
     answer: list[int]
     """Tokens of the greedy answer."""
     pixels: Tensor
@@ -148,9 +156,7 @@ def answers_of(
     Raises:
         UserError: the features of an image are not finite.
     """
-    images = list(
-        {id(image): image for question in questions for image in question.images}.values()
-    )
+    images = _distinct(questions)
     prepared = np.stack([encoder.prepare(image) for image in images])
     # All in one call: the encoder fills up each batch, so that an image alone takes as long as eight.
     encoded = encoder.encode(prepared)
@@ -165,8 +171,7 @@ def answers_of(
     for question in questions:
         pixels = torch.empty(0)
         features = rounded = None
-        if question.images:
-            which = [next(i for i, one in enumerate(images) if one is x) for x in question.images]
+        if which := _places(question, images):
             pixels = encoder.normalize(prepared[which])
             features, rounded = encoded[which], stored[which]
         messages = [("user", question.text, 1.0)]
@@ -182,6 +187,44 @@ def answers_of(
     return result
 
 
+def exact_logits(
+    vlm: VLM,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: VisionEncoder,
+    questions: Sequence[Question],
+    expected: Sequence[Expected],
+) -> list[Expected]:
+    """Return `expected` with logits that our own model computes in float64. It is left in float64.
+
+    Args:
+        vlm: on the CPU, in float32.
+        tokenizer: its tokenizer.
+        encoder: that of the space, on the CPU, in float32.
+        questions: prompts.
+        expected: what `answers_of` returned for them.
+    """
+    images = _distinct(questions)
+    with encoder.in_float64():
+        encoded = encoder.encode(np.stack([encoder.prepare(image) for image in images]))
+    vlm.double()
+    result = []
+    for question, ours in zip(questions, expected, strict=True):
+        which = _places(question, images)
+        prompt = [("user", question.text, 1.0)], encoded[which].double() if which else None
+        result.append(replace(ours, logits=_logits(vlm, tokenizer, prompt)[1]))
+    return result
+
+
+def _distinct(questions: Sequence[Question]) -> list[Image.Image]:
+    """Return the images of all questions, each once."""
+    return list({id(image): image for question in questions for image in question.images}.values())
+
+
+def _places(question: Question, images: Sequence[Image.Image]) -> list[int]:
+    """Return which of `images` are those of a question."""
+    return [next(i for i, one in enumerate(images) if one is x) for x in question.images]
+
+
 def _logits(
     vlm: VLM, tokenizer: PreTrainedTokenizerFast, prompt: tuple[Any, Tensor | None]
 ) -> tuple[list[int], Tensor]:
@@ -193,7 +236,7 @@ def _logits(
         is_text = ids != image_id(tokenizer)
         head = vlm.language.get_output_embeddings()
         logits = head(hidden.last_hidden_state[0, is_text])
-    return ids.tolist(), logits.float().clone()
+    return ids.tolist(), logits.clone()
 
 
 def compare(
@@ -203,6 +246,7 @@ def compare(
     *,
     own_code: bool = False,
     as_text: bool = False,
+    exact: bool = False,
 ) -> Comparison:
     """Load a folder with transformers' Auto classes and compare it with our own model.
 
@@ -212,9 +256,11 @@ def compare(
         expected: what our own model computes for them.
         own_code: whether the model's class is in the folder, from us.
         as_text: whether the chat template takes content as text, not as a list of parts.
+        exact: whether the logits are those of `exact_logits`.
 
     Raises:
-        MismatchError: tensors are missing or left over, or tokens, pixels, logits or answers differ.
+        LogitsError: logits differ.
+        MismatchError: tensors are missing or left over, or tokens, pixels or answers differ.
     """
     with quiet():
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -225,8 +271,8 @@ def compare(
         default = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
     _check_loaded(model, report)
     model.eval()
-    logits = levels = 0.0
-    tokens = 0
+    levels = 0.0
+    all_inputs = []
     for number, (question, ours) in enumerate(zip(questions, expected, strict=True), 1):
         where = f"prompt {number}"
         inputs = _inputs(processor, question, as_text)
@@ -239,8 +285,13 @@ def compare(
                     f"{where}: a pixel differs by {pixels:.2g} (limit {PIXELS_LIMIT:g})"
                 )
             levels = max(levels, _levels(default, question, ours, as_text))
-        logits = max(logits, _compare_logits(model, inputs, ours, where))
-        tokens += _compare_answer(model, processor.tokenizer, inputs, ours, where)
+        all_inputs.append(inputs)
+    if exact:
+        model.double()
+    logits = max(map(partial(_compare_logits, model), count(1), all_inputs, expected))
+    model.float()
+    compare_answer = partial(_compare_answer, model, processor.tokenizer)
+    tokens = sum(map(compare_answer, count(1), all_inputs, expected))
     if not levels <= LEVELS_LIMIT:
         raise MismatchError(f"pixels of the default processor differ by {levels:.2f} 8-bit levels")
     return Comparison(
@@ -291,19 +342,26 @@ def _levels(processor: Any, question: Question, ours: Expected, as_text: bool) -
     return float((different * std * 255).abs().max())
 
 
-def _compare_logits(model: Any, inputs: Any, ours: Expected, where: str) -> float:
+def _compare_logits(model: Any, number: int, inputs: Mapping[str, Tensor], ours: Expected) -> float:
     """Return the largest difference of a logit at a token of text."""
     is_text = inputs["input_ids"][0] != model.config.image_token_index
+    given = {k: x.to(model.dtype) if x.is_floating_point() else x for k, x in inputs.items()}
     with torch.inference_mode():
-        theirs = model(**inputs).logits[0, is_text].float()
+        theirs = model(**given).logits[0, is_text]
     different = float((theirs - ours.logits).abs().max())
     if not different <= LOGITS_LIMIT:
-        raise MismatchError(f"{where}: a logit differs by {different:.2g} (limit {LOGITS_LIMIT:g})")
+        raise LogitsError(
+            f"prompt {number}: a logit differs by {different:.2g} (limit {LOGITS_LIMIT:g})"
+        )
     return different
 
 
 def _compare_answer(
-    model: Any, tokenizer: PreTrainedTokenizerFast, inputs: Any, ours: Expected, where: str
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    number: int,
+    inputs: Mapping[str, Tensor],
+    ours: Expected,
 ) -> int:
     """Return the number of tokens of the greedy answer."""
     with torch.inference_mode():
@@ -311,7 +369,7 @@ def _compare_answer(
     answer = before_end(tokenizer, rows[0, inputs["input_ids"].shape[1] :].tolist())
     if answer != ours.answer:
         raise MismatchError(
-            f"{where}: its greedy answer is {tokenizer.decode(answer)!r}, ours "
+            f"prompt {number}: its greedy answer is {tokenizer.decode(answer)!r}, ours "
             f"{tokenizer.decode(ours.answer)!r}"
         )
     return len(answer)

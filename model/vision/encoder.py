@@ -13,9 +13,10 @@ V width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,17 @@ class VisionEncoder:
         )
         self._mean = torch.tensor(built.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(built.std, device=device).view(1, 3, 1, 1)
+
+    @contextlib.contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Let a CPU compute in float64 while the block runs. Weights in float32 come back as they were."""
+        before, self.dtype = self.dtype, torch.float64
+        self._tower.to(self.dtype)
+        try:
+            yield
+        finally:
+            self.dtype = before
+            self._tower.to(self.dtype)
 
     def spec(self, codec: str) -> FeatureSpec:
         """Return the spec of this encoder's features, stored with `codec`.

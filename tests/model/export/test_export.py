@@ -6,7 +6,9 @@ python -m model.export --run default --out exported
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from transformers import (
 
 from configs import UserError
 from model.attention.batch import PackedBatch
+from model.export import compare as comparison
 from model.export.__main__ import main
-from model.export.compare import MismatchError
+from model.export.compare import Expected, MismatchError
 from model.inference import answer, expand_prompt, through_tail
 from model.io.saved_model import load_final
 from model.language.tokenizer import IMAGE_TOKEN, byte_tokenizer, token_id
@@ -294,6 +297,37 @@ def test_a_model_that_differs_is_not_exported(
     assert message.startswith("error: not exported") and message.count("\n") == 1
     assert "a logit differs by" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "weights"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "clip, mlp, squash",
+        "pooled, mlp, untied",
+        "siglip with a tail, two blocks, pooled",
+        "dinov2 of transformers, two blocks, at another size than trained",
+        "dinov3, pooled",
+    ],
+)
+def test_where_float32_rounds_by_more_than_the_limit_float64_decides(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the exported model of `make proof-quick` does on a processor without AVX-512."""
+    make_run(tmp_path, KINDS[kind])
+    real, rounding = comparison._compare_logits, 2e-4
+
+    def compared(model: Any, number: int, inputs: Any, ours: Expected) -> float:
+        is_float32 = model.dtype == torch.float32
+        moved = replace(ours, logits=ours.logits + rounding * is_float32)
+        return real(model, number, inputs, moved)
+
+    monkeypatch.setattr(comparison, "_compare_logits", compared)
+    words = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "again in float64: in float32, prompt 1: a logit differs by 0.0002" in said
+    within = re.search(r"logits within (\S+),", said)
+    assert within is not None and float(within[1]) < 1e-6
 
 
 def test_a_tensor_that_is_missing_is_noticed(
