@@ -20,6 +20,10 @@ from configs.command_line import CommandLine, command_text
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of cores in each period, as `docker run --cpus` sets them for a container."""
 
+DEVICES = Path("/dev")
+GPU_DEVICES = ("nvidia", "nvhost", "nvmap", "dxg", "kfd")
+"""Beginnings of the names that drivers of GPUs show there: Nvidia (two on small boards), Windows, AMD."""
+
 KEPT_BYTES = 128 << 20
 """Freed memory that `keep_memory` lets a process keep, at most."""
 BUFFER_BYTES = 32 << 20
@@ -40,6 +44,11 @@ def cores() -> int:
         return max(1, min(count, round(int(quota) / int(period))))
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`: no quota
         return count
+
+
+def may_have_gpu() -> bool:
+    """Return whether a driver of GPUs shows a device here; without one torch finds no GPU either."""
+    return any(path.name.startswith(GPU_DEVICES) for path in DEVICES.glob("*"))
 
 
 def keep_memory() -> None:

@@ -51,7 +51,7 @@ def test_the_contracts_hold(copy: Path) -> None:
 PLANTED = [
     ("train/data/loader.py", "import model.vision.encoder", "The trainer cannot load"),
     ("model/vlm.py", "import model.vision.encoder", "The trainer cannot load"),
-    ("train/run.py", "import encode.plan", "Siblings encode and train"),
+    ("train/training.py", "import encode.plan", "Siblings encode and train"),
     ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),
     ("cache/format/codec.py", "import cache.store.reader", "Inside the cache"),
     ("cache/maintenance/checks.py", "import cache.verify", "Inside the cache"),

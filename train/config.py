@@ -16,7 +16,7 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
 from cache.store.samples import check_held_out
 from configs import UserError, nearest
-from configs.hardware import on_hardware, one_card
+from configs.hardware import may_have_gpu, on_hardware, one_card
 from model.io.run_files import refuse_links_beside
 
 SELECTORS = (
@@ -352,9 +352,9 @@ def _fit_window(values: dict[str, Any]) -> dict[str, Any]:
 
 def detect_hardware(device: str) -> str:
     """Return the name of the hardware preset for a device, by its memory."""
-    if device in ("cpu", "mps"):
+    if device in ("cpu", "mps") or not may_have_gpu():
         return "cpu"
-    import torch  # here, because it takes 2 s and is not needed otherwise
+    import torch  # here, because it takes seconds and is not needed otherwise
 
     if not torch.cuda.is_available():
         return "cpu"

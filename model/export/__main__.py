@@ -16,74 +16,27 @@ and the exit code is 1. docs/EXPORT.md says what can be exported and what vLLM a
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
 
 import configs
-from cache.format.spec import FeatureSpec
-from configs import UserError
-from configs.console import bytes_text
 from configs.text import say
-from model.export.card import decode_note, find_card, frames_note, model_card, own_class_note
-from model.export.compare import (
-    Comparison,
-    LogitsError,
-    MismatchError,
-    answers_of,
-    compare,
-    exact_logits,
-    sample_questions,
-)
-from model.export.folder import WEIGHTS, check_exportable, write_folder
-from model.export.gguf import Kind, check_gguf, write_gguf
-from model.export.mmproj import image_note, tower_note
-from model.export.push import check_push, push
-from model.export.towers import ExportedTower, export_tower, with_tail
-from model.io.saved_model import find_run, load_final, read_meta
-from model.language.folder_template import attached
-from model.vision.encoder import rebuild_encoder
-from model.vlm import VLM
+from model.export.options import Options
 
 PROG = "python -m model.export"
 FAILED = 1
 """Exit code if the exported model is not the trained one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Export a trained model as a Hugging Face folder."""
-
-    run: str = "default"
-    """Name of the run, below runs/, or a path."""
-    out: Path = Path("exported")
-    """Folder to make. It must not exist, or be empty."""
-    stage: int | None = None
-    """Stage of the model; when not given, the last finished one."""
-    weights: str | None = None
-    """File or folder of the encoder's weights, if they moved since encoding."""
-    gguf: bool = False
-    """Also write the two files that llama.cpp loads: the language model, and the tower with its projector."""
-    gguf_type: Kind = "f32"
-    """Type of their matrices: as trained, or half the size and rounded."""
-    push: str | None = None
-    """Repository ORG/NAME on the Hugging Face hub to upload the folder to. It is created private."""
-    public: bool = False
-    """Create that repository for everybody to see."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a model; return the exit code."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Here, because torch takes seconds to load, which help and a mistyped option need not.
+    from model.export.compare import MismatchError
+    from model.export.exporter import export
+
     try:
         export(options)
     except MismatchError as error:
@@ -93,128 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return FAILED
     return 0
-
-
-def export(options: Options) -> Comparison:
-    """Write the folder, compare it with our own model, and put it in its place.
-
-    Raises:
-        UserError: the run, the encoder's weights or the place cannot be used, or the model is of a kind that
-            cannot be exported.
-        MismatchError: the exported model is not the trained one.
-    """
-    out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--out {out}: exists and is not an empty folder; choose another: --out DIR"
-        )
-    if options.push is not None:
-        check_push(options.push)
-    elif options.public:
-        raise UserError("--public needs the name of a repository: --push ORG/NAME --public")
-    source = find_run(options.run, options.stage)
-    meta = read_meta(source)
-    stored = FeatureSpec.from_json(meta["space"]["spec"])
-    check_exportable(stored)
-    spec = stored.seen  # of what the exported tower computes, the blocks of a tail included
-    if options.gguf:
-        check_gguf(spec)
-    card = find_card(source)
-    say(f"model     {source}: stage {meta['stage']}, step {meta['step']:,}")
-    if note := decode_note(spec):
-        say(f"images    {note}")
-    if note := frames_note(spec, card):
-        say(f"videos    {note}")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
-        folder = Path(place) / out.name
-        folder.mkdir()
-        found = _write_compared(folder, source, meta, stored, card, options)
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
-    say(f"exported  {out}: {bytes_text(_size(out))}; its README.md says how to load it")
-    if options.push is not None:
-        url = push(out, options.push, public=options.public)
-        say(f"pushed    {url} ({'public' if options.public else 'private'})")
-    return found
-
-
-def _write_compared(
-    folder: Path,
-    source: Path,
-    meta: dict[str, Any],
-    stored: FeatureSpec,
-    card: dict[str, Any],
-    options: Options,
-) -> Comparison:
-    """Write all files into `folder`; raise MismatchError unless transformers loads the trained model."""
-    name, spec = options.out.absolute().name, stored.seen
-    in_float32 = dataclasses.replace(stored, compute_dtype="float32")
-    load = partial(
-        rebuild_encoder, meta["space"]["load"], in_float32, device="cpu", weights=options.weights
-    )
-    encoder = load()
-    tower = export_tower(encoder)
-    say(f"tower     {_tower_text(spec, tower)}")
-    own_class = own_class_note(spec, tower)
-    if own_class:
-        say(f"class     {own_class}")
-    vlm, tokenizer, _ = load_final(source)
-    if vlm.tail is not None:
-        tower = with_tail(tower, vlm.tail)
-    write_folder(folder, vlm, tokenizer, tower, spec)
-    say(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
-    pair = _write_pair(folder, name, vlm, tokenizer, tower, spec, options) if options.gguf else ""
-    questions = sample_questions()
-    say(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
-    expected = answers_of(vlm, tokenizer, encoder, spec.codec, questions)
-    del vlm, encoder  # before the same weights are loaded once more
-    template = attached(tokenizer)
-    as_text = template is not None and template.content == "text"
-    against = partial(compare, folder, questions, own_code=bool(own_class), as_text=as_text)
-    try:
-        found = against(expected)
-    except LogitsError as error:
-        say(f"comparing again in float64: in float32, {error}, which rounding alone may explain")
-        vlm, tokenizer, _ = load_final(source)
-        found = against(exact_logits(vlm, tokenizer, load(), questions, expected), exact=True)
-    say(
-        f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
-        f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"
-    )
-    text = model_card(name, meta, spec, tower, card, found, gguf=pair, as_text=as_text)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return found
-
-
-def _write_pair(
-    folder: Path,
-    name: str,
-    vlm: VLM,
-    tokenizer: PreTrainedTokenizerFast,
-    tower: ExportedTower,
-    spec: FeatureSpec,
-    options: Options,
-) -> str:
-    """Write the files for llama.cpp; return the name of that of the language model."""
-    files = write_gguf(folder, name, vlm, tokenizer, tower, spec, kind=options.gguf_type)
-    sizes = [f"{file.name} ({bytes_text(file.stat().st_size)})" for file in files]
-    say(f"gguf      {' and '.join(sizes)}, read back equal")
-    if note := tower_note(tower):
-        say(f"llama.cpp {note}")
-    if note := image_note(spec):
-        say(f"images    {note}")
-    return files[0].name
-
-
-def _tower_text(spec: FeatureSpec, tower: ExportedTower) -> str:
-    kind = type(tower.config).__name__.removesuffix("Config")
-    return f"{spec.encoder} as {kind}, {tower.config.num_hidden_layers} blocks, features of {tower.layers}"
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +26,7 @@ from configs import UserError
 from model.export.compare import MismatchError
 from model.export.folder import language_tensors
 from model.export.mmproj import check_projector, write_mmproj
+from model.export.options import Kind
 from model.export.template import BREAK, CUT
 from model.export.towers import ExportedTower
 from model.inference import generation_config
@@ -36,8 +37,6 @@ from model.vlm import VLM
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Kind = Literal["f32", "f16"]
-"""Type of the matrices: as trained, or half the size and rounded."""
 F16_MAX = float(np.finfo(np.float16).max)
 ARCHITECTURES = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "mistral": "llama"}
 """transformers' model types -> llama.cpp's architectures."""

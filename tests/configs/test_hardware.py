@@ -1,5 +1,6 @@
-"""Memory that a process keeps: buffers that are freed and allocated again are no fresh pages of the system.
+"""What a process learns of its machine, and memory that it keeps: freed buffers that it allocates again.
 
+may_have_gpu()     # without importing torch
 keep_memory()      # nothing, where the user has set MALLOC_...
 """
 
@@ -9,9 +10,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from configs import hardware
 from encode.driver import ray_pool
 from tests.support import ROOT
 
@@ -58,3 +61,25 @@ def test_a_worker_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool, "keep_memory", lambda: calls.append("keep"))
     ray_pool.RemoteWorker()
     assert calls == ["spin", "keep"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "may"),
+    [
+        (("null", "tty", "nvram"), False),
+        (
+            ("null", "nvidiactl", "nvidia-uvm", "nvidia3"),
+            True,
+        ),  # a container with the fourth of eight
+        (("dxg",), True),
+        (("kfd", "dri"), True),
+        ((), False),
+    ],
+)
+def test_a_gpu_has_a_device_of_its_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: tuple[str, ...], may: bool
+) -> None:
+    for name in shown:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    assert hardware.may_have_gpu() is may

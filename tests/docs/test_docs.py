@@ -171,7 +171,7 @@ UNKNOWN = {"DIR", "NAME", "PATH", "RUN", "N", "FILE"}
 
 NO_FEATURES = {
     "model/io/saved_model.py": "a model's folder does not know the cache",
-    "train/setup.py": "the user gave --features in the command that failed",
+    "train/stage/setup.py": "the user gave --features in the command that failed",
     "train/distributed/group.py": "only the start of the command",
 }
 """Files whose suggestions may lack --features, and why."""

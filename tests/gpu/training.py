@@ -17,8 +17,8 @@ from torch import Tensor
 from cache.store.paths import CacheRoot
 from configs.hardware import one_card
 from model.inference import answer_ids
-from model.verify.__main__ import describe_device, memory_verdicts
 from model.verify.memory import sizes_of
+from model.verify.report import describe_device, memory_verdicts
 from model.vlm import build_vlm, parameter_counts
 from tests.gpu import collective
 from tests.gpu.lines import Lines, Scale, unequal_rows

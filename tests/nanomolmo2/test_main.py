@@ -31,6 +31,29 @@ def test_every_command_has_a_name_and_a_line(capsys: pytest.CaptureFixture[str])
         assert f"  {name} " in lines and commands[module] in lines
 
 
+ASK = """
+import contextlib, io, runpy, sys
+for module in sys.argv[1:]:
+    for words in ["--help"], ["--no-such-option", "1"]:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                sys.argv[:] = [module, *words]
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                code = end.code
+        loaded = {"torch", "transformers", "open_clip", "ray"} & set(sys.modules)
+        assert not loaded, f"{module} {words[0]} loads {loaded}"
+        assert code == (2 if words[1:] else 0), f"{module} {words[0]}: {code}, {said.getvalue()}"
+"""
+
+
+def test_help_and_a_mistyped_option_take_no_seconds() -> None:
+    """Torch and transformers take 5 to 9 of them to load."""
+    words = [sys.executable, "-c", ASK, *COMMANDS.values()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian", "--stage", "1"]) == 2
     found = capsys.readouterr()

@@ -23,9 +23,8 @@ from tests.proof import reference, training
 from tests.proof.drawings import SIDE
 from tests.proof.scores import flops_bound, is_equal, paired
 from tests.proof.work import Line, Work, as_json, folder_bytes, metrics
-from train import setup
 from train.config import Options, read_saved
-from train.stage import run_folder
+from train.stage import run_folder, setup
 
 CODECS = ("int8", "int4")
 EXPERIMENT = "experiment-mlp"

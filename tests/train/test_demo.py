@@ -79,7 +79,7 @@ def test_what_is_reported_is_of_the_split_that_nothing_was_chosen_by() -> None:
 def test_configs_demo_names_only_existing_options() -> None:
     """The commands would refuse unknown options too, but minutes later."""
     from train.config import Options as TrainOptions
-    from train.evaluate.__main__ import Options as EvaluateOptions
+    from train.evaluate.options import Options as EvaluateOptions
 
     settings = configs.build(demo.Demo, configs.load("demo"), "configs/demo.yaml")
     train = set(TrainOptions.__dataclass_fields__) | {"batch_size"}

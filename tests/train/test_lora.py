@@ -240,7 +240,7 @@ def test_what_is_missing_is_said_before_the_data_are_read(
         raise AssertionError("the data were read")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr("train.setup.load_data", unread)
+    monkeypatch.setattr("train.stage.setup.load_data", unread)
     with pytest.raises(
         UserError, match=r"^--load-in-4bit: weights of 4 bits need an NVIDIA GPU, not cpu; leave"
     ):

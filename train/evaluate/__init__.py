@@ -9,5 +9,5 @@ intervals: printed, saved as evaluation-<split>.json beside the model, and added
     texts.py  vqa.py  pointing.py  the metrics, each with its source
     scoring.py  intervals.py       means over questions, and how far they could be off
     result.py                      the file, the table, the rows of the card
-    __main__.py                    the command; read it first
+    evaluation.py                  what the command runs; read it first
 """

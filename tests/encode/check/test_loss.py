@@ -30,7 +30,7 @@ from cache.store.samples import (
 from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
-from encode.check import loss, media
+from encode.check import loss, losses, media
 from model.io.saved_model import save_final
 from model.language.chat_template import tokenize_messages
 from model.language.model import load_tokenizer
@@ -57,8 +57,10 @@ class Trained:
     def check(self, *words: str) -> int:
         return loss.main(["--run", str(self.model), "--features", str(self.features), *words])
 
-    def compare(self, **options: Any) -> loss.Comparison:
-        return loss.compare(loss.Options(run=str(self.model), features=self.features, **options))
+    def compare(self, **options: Any) -> losses.Comparison:
+        return losses.compare(
+            **vars(loss.Options(run=str(self.model), features=self.features, **options))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_one_sample_is_a_batch_of_its_own() -> None:
     )
     assert spec.tokens("image") == 4
     sample = Sample(id="0", dataset="d", messages=turns, media=(MediaRef(source="a"),))
-    batch = loss.sample_batch(tokenizer, sample, [image], spec)
+    batch = losses.sample_batch(tokenizer, sample, [image], spec)
     assert len(batch.input_ids) == len(text.ids) + 3
     first = int((torch.from_numpy(text.ids) == image_id).nonzero()[0])
     assert batch.image_slots.tolist() == [first, first + 1, first + 2, first + 3]

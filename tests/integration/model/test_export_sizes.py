@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from model.export.__main__ import Options, export
+from model.export.exporter import export
+from model.export.options import Options
 from model.io.saved_model import save_final
 from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder

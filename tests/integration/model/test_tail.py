@@ -24,7 +24,8 @@ from transformers import AutoModelForImageTextToText
 import encode.check.loss
 import encode.run
 import model.export.__main__
-import model.generate
+import model.generate.live
+import model.generate.options
 import train.evaluate.__main__
 import train.run
 from cache.format.tail import Tail, file_bytes, file_sha256
@@ -267,14 +268,14 @@ def test_an_answer_is_of_the_trained_blocks(world: Path, tmp_path: Path) -> None
     drawings = [draw(DemoWorld(images=3000), number) for number in range(16)]
     drawing = next(d for d in drawings if hashlib.sha256(d).hexdigest() == samples.key(media))
     (tmp_path / "image.png").write_bytes(drawing)
-    options = model.generate.Options(
+    options = model.generate.options.Options(
         prompt=prompt[0][1],
         image=(tmp_path / "image.png",),
         run=str(run),
         max_new_tokens=24,
         device="cpu",
     )
-    assert model.generate.generate(options) == made
+    assert model.generate.live.generate(options) == made
 
 
 def test_cached_loss_is_live_loss_and_the_run_is_evaluated(

@@ -57,7 +57,7 @@ IDLE_S = 12
 """A command that does not compute for this time waits for something that does not come."""
 FILE_BYTES = 64 << 20
 """Largest file that a command may write: one that copies an endless file ends there."""
-HEAVY = ("train.run", "train.evaluate.__main__", "train.report.__main__", "nanomolmo2.dataset")
+HEAVY = ("train.training", "train.evaluate.evaluation", "train.report.page", "nanomolmo2.dataset")
 """Imported before the caches are built, so that it happens once."""
 
 

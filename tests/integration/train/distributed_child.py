@@ -32,9 +32,9 @@ import configs
 from cache.errors import CacheError
 from configs import UserError
 from tests.support.trained_runs import ENVIRONMENT
-from train import run, setup, step
+from train import run, step, training
 from train.distributed.group import ProcessGroup, process_group
-from train.stage import shards
+from train.stage import setup, shards
 from train.stage.saver import Saver
 
 MODULE = "tests.integration.train.distributed_child"
@@ -143,7 +143,7 @@ def command(scene: Scene) -> int:
 @contextlib.contextmanager
 def changed(scene: Scene, rank: int, parts: list[list[list[int]]]) -> Iterator[None]:
     """Patch the trainer as the scene says, and record the micro-batches of each step."""
-    refuse, build = run.refuse_non_finite, setup.build_model
+    refuse, build = training.refuse_non_finite, setup.build_model
     write_data = shards.Writer.write_data
 
     class Counted(step.LocalStep):
@@ -179,10 +179,10 @@ def changed(scene: Scene, rank: int, parts: list[list[list[int]]]) -> Iterator[N
 
     with (
         mock.patch.object(step, "LocalStep", Counted),
-        mock.patch.object(run, "refuse_non_finite", stop),
+        mock.patch.object(training, "refuse_non_finite", stop),
         mock.patch.object(setup, "build_model", drift),
         mock.patch.object(shards.Writer, "write_data", write),
-        mock.patch.object(run, "Saver", saver),
+        mock.patch.object(training, "Saver", saver),
     ):
         yield
 

@@ -26,13 +26,12 @@ from model.quantize import pack
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from tests.support.trained_runs import losses, turns
-from train import setup
 from train.config import Options
 from train.data.loader import MicroBatch
 from train.data.sample_list import SampleList
-from train.run import train
-from train.stage import run_folder
+from train.stage import run_folder, setup
 from train.step import Forward
+from train.training import train
 
 WORLD = DemoWorld(images=24)
 STEPS = 5

@@ -33,8 +33,8 @@ from transformers import (
 
 from configs import UserError
 from encode import run as encode_run
-from model import generate
 from model.export.__main__ import main as export
+from model.generate import __main__ as generate
 from model.io.saved_model import load_final
 from model.language.folder_template import attached
 from model.vision.config import encoder_config

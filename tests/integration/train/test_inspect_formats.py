@@ -28,6 +28,7 @@ from PIL import Image
 
 import encode.run
 import train.run
+import train.training
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from tests.support.pixmo_lists import write_pixmo
@@ -337,10 +338,10 @@ def sample_texts(trained: str) -> Iterator[str]:
 def test_each_format_is_trained_on_as_the_golden_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.run, "INSPECTED", 1000)
+    monkeypatch.setattr(train.training, "INSPECTED", 1000)
     assert rendered(tmp_path) == GOLDEN.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    train.run.INSPECTED = 1000
+    train.training.INSPECTED = 1000
     GOLDEN.write_text(rendered(Path(sys.argv[1])), encoding="utf-8")

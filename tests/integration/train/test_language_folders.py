@@ -20,7 +20,7 @@ import configs
 from cache.errors import CacheError
 from cache.store.paths import CacheRoot
 from configs import UserError
-from model import generate
+from model.generate import __main__ as generate
 from model.io.saved_model import load_final
 from model.language.tokenizer import byte_tokenizer
 from model.verify import __main__ as verify

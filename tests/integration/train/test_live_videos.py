@@ -21,8 +21,10 @@ from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
-from model import generate
-from model.generate import Options, live_video, order_media
+from model.generate import __main__ as generate
+from model.generate import live
+from model.generate.live import live_video, order_media
+from model.generate.options import Options
 from model.inference import answer
 from model.io.saved_model import load_final, save_final
 from model.media.video_index import probe
@@ -62,7 +64,7 @@ class Live:
     def reader(self) -> FeatureReader:
         return FeatureReader(find_space(CacheRoot(self.features), None))
 
-    def features_of(self, path: Path, limit: int) -> generate.Video:
+    def features_of(self, path: Path, limit: int) -> live.Video:
         """Return the features of a video file, as `model.generate` computes them."""
         reader = self.reader
         encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
@@ -160,9 +162,7 @@ def test_frames_are_those_of_training(world: Live, tmp_path: Path) -> None:
 
 def test_media_are_ordered_by_their_placeholders() -> None:
     images = [torch.zeros(1, 1), torch.ones(1, 1)]
-    videos = [
-        generate.Video(times_s=[0.0], features=torch.full((1, 1, 1), float(i))) for i in (2, 3)
-    ]
+    videos = [live.Video(times_s=[0.0], features=torch.full((1, 1, 1), float(i))) for i in (2, 3)]
     files = {"image": (Path("a"), Path("b")), "video": (Path("c"), Path("d"))}
     options = Options(prompt="<video>x<image> <image><video>", **files)
     assert order_media(options, [*images, *videos]) == [videos[0], *images, videos[1]]

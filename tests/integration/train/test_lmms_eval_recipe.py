@@ -23,7 +23,8 @@ from cache.store.samples import MediaRef, Sample, read_samples, write_samples
 from tests.support import ROOT, trained_runs
 from tests.support.trained_runs import turns
 from train import run
-from train.evaluate import __main__ as evaluate
+from train.evaluate.evaluation import evaluate
+from train.evaluate.options import Options as EvaluateOptions
 from train.evaluate.result import Evaluation
 
 pytestmark = pytest.mark.slow
@@ -56,8 +57,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluatio
     write_samples(root, "more", more)
     words = [*trained_runs.BASE, "--held-out", "0.25", "--max-steps", "30"]
     assert run.main([*words, "--features", str(root.path), "--run", str(folder / "run")]) == 0
-    asked = evaluate.Options(run=str(folder / "run"), split="test", max_new_tokens=8, blind=False)
-    return folder / "run", evaluate.evaluate(asked)
+    asked = EvaluateOptions(run=str(folder / "run"), split="test", max_new_tokens=8, blind=False)
+    return folder / "run", evaluate(asked)
 
 
 def load(path: Path) -> ModuleType:

@@ -21,7 +21,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 from encode import run as encode_run
-from model import generate
+from model.generate import __main__ as generate
 from tests.support.photos import CAPTIONS, make_folder
 from train import run as train_run
 

@@ -34,12 +34,11 @@ from configs import UserError
 from model.io.saved_model import load_final
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses, turns
-from train import setup
 from train.config import Options
 from train.data.join import join
 from train.metrics import StepRecord, read_metrics
 from train.run import main
-from train.stage import checkpoint, run_folder
+from train.stage import checkpoint, run_folder, setup
 
 
 @pytest.fixture(scope="session")
@@ -401,7 +400,7 @@ def interrupted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.run.save_final", stop)
+        patch.setattr("train.training.save_final", stop)
         train(*words, **options)
     folder = Path("runs/default/stage1")
     for path in checkpoint.committed(folder / "checkpoints")[1:]:

@@ -38,9 +38,9 @@ from cache.store.samples import write_samples
 from model.io import saved_model
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
-from train import metrics, run, setup
+from train import metrics, run, training
 from train.data import tokens
-from train.stage import checkpoint, records, run_folder
+from train.stage import checkpoint, records, run_folder, setup
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +111,7 @@ def test_after_a_nan_the_checkpoint_before_it_goes_on_with_lower_rates(
 ) -> None:
     """The fourth step diverges: its update is made too large, as by a spike of the rate."""
     with monkeypatch.context() as patch:
-        rates = run.set_rates
+        rates = training.set_rates
 
         def spike(optimizer: Any, schedules: Any, step: int) -> dict[str, float]:
             found = rates(optimizer, schedules, step)
@@ -120,7 +120,7 @@ def test_after_a_nan_the_checkpoint_before_it_goes_on_with_lower_rates(
                     group["lr"] = 1e12
             return found
 
-        patch.setattr(run, "set_rates", spike)
+        patch.setattr(training, "set_rates", spike)
         code, error = train("--save-every", "3")
     assert code == 2 and "step 5: the gradient is not finite" in error
     assert "With the weights of step-00000003 its loss is" in error
@@ -257,7 +257,7 @@ def test_a_second_ctrl_c_ends_at_once(train: Any, monkeypatch: pytest.MonkeyPatc
         signal.raise_signal(signal.SIGINT)
         time.sleep(10)
 
-    monkeypatch.setattr(run, "set_rates", twice)
+    monkeypatch.setattr(training, "set_rates", twice)
     code, error = train()
     assert code == 130 and "Ctrl-C again ends at once" in error
     assert error.splitlines()[-1].startswith(
@@ -270,7 +270,7 @@ def test_a_second_ctrl_c_ends_at_once(train: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_signal_before_the_first_step_leaves_no_run(
     train: Any, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(run, "describe", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(training, "describe", lambda *_: signal.raise_signal(number))
     code, _ = train()
     assert code == 128 + number
     assert not STAGE.parent.exists()
@@ -425,7 +425,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
 def test_too_little_memory_is_one_line(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "forward_backward", lambda *_: (_ for _ in ()).throw(oom))
+        patch.setattr(training, "forward_backward", lambda *_: (_ for _ in ()).throw(oom))
         code, error = train("--max-sequence-length", "64", "--max-tokens", "256")
     assert code == 2 and "error: out of memory (CUDA out of memory." in error
     words = printed(error)
@@ -439,7 +439,7 @@ def test_an_allocation_that_fails_loses_nothing(
     train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the fifth step torch is asked for more memory than there can be; the last checkpoint stays."""
-    real = run.forward_backward
+    real = training.forward_backward
 
     def huge(step: int, *arguments: Any) -> Any:
         if step == 4:
@@ -448,7 +448,7 @@ def test_an_allocation_that_fails_loses_nothing(
 
     words = ["--max-sequence-length", "64", "--max-tokens", "256"]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "forward_backward", huge)
+        patch.setattr(training, "forward_backward", huge)
         code, error = train(*words)
     assert code == 2 and error.splitlines()[-1].startswith("error: out of memory ([enforce fail")
     assert f"; {STAGE}/checkpoints/step-00000004 is kept. These need less memory, in this" in error

@@ -342,7 +342,8 @@ def test_a_tensor_that_is_missing_is_noticed(
         inner(dict(list(tensors.items())[:-1]), *rest, **more)
 
     monkeypatch.setattr(folder, "save_file", cut)
-    from model.export.__main__ import Options, export
+    from model.export.exporter import export
+    from model.export.options import Options
 
     with pytest.raises(MismatchError, match=r"missing_keys: model\.multi_modal_projector"):
         export(Options(run=str(run), out=tmp_path / "out"))

@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from configs import UserError
-from model.export import __main__ as command
+from model.export import exporter
 from model.export.__main__ import main
 from model.export.compare import MismatchError
 from model.export.push import check_push, push
@@ -264,7 +264,7 @@ def test_nothing_is_pushed_unless_the_comparison_holds(
     def differs(*_: Any, **__: Any) -> None:
         raise MismatchError("prompt 1: a logit differs by 1 (limit 0.0001)")
 
-    monkeypatch.setattr(command, "compare", differs)
+    monkeypatch.setattr(exporter, "compare", differs)
     eyes = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True)
     tiny_clip.save_trained(tmp_path / "run", eyes)
     words = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "mine"), "--push", "org/mine"]

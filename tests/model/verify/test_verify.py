@@ -19,6 +19,8 @@ import configs
 from configs import UserError
 from model.language.model import load_language
 from model.verify import __main__ as verify
+from model.verify import report
+from model.verify.options import Options
 from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder
 from tests.support.spaces import SPEC as TOY_SPEC
@@ -40,8 +42,8 @@ def test_the_disk_verdict(
     """Of CLIP ViT-L/14@336: 576 tokens of 1,024 values an image."""
     spec = dataclasses.replace(TOY_SPEC, image_size=336, patch_size=14, width=1024)
     encoder: Any = SimpleNamespace(spec=lambda codec: dataclasses.replace(spec, codec=codec))
-    monkeypatch.setattr(verify, "free_bytes", lambda _: free)
-    verdict = verify.disk_verdict(encoder, verify.Options(features=Path("somewhere"), codec=codec))
+    monkeypatch.setattr(report, "free_bytes", lambda _: free)
+    verdict = report.disk_verdict(encoder, Options(features=Path("somewhere"), codec=codec))
     images = {"int8": "163,852", "int4": "317,065"}[codec]
     assert verdict == (
         f"{start}the 717,000 images of pixmo-cap take an estimated 846 GB in fp16, 438 GB in int8, 226 GB in "
@@ -118,7 +120,7 @@ def test_a_gpu_torch_cannot_use_is_a_failure(
     def broken(name: str) -> torch.device:
         raise UserError("this machine has a GPU, torch cannot use it: driver too old")
 
-    monkeypatch.setattr(verify, "pick_device", broken)
+    monkeypatch.setattr(report, "pick_device", broken)
     small_auto = SMALL[:-2]
     assert verify.main(small_auto) == 1
     out = capsys.readouterr().out
@@ -131,14 +133,14 @@ def test_a_gpu_torch_cannot_use_is_a_failure(
 def test_a_loss_that_is_not_finite_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner: Callable[..., Any] = verify.build_vlm
+    inner: Callable[..., Any] = report.build_vlm
 
     def poisoned(*args: Any, **options: Any) -> Any:
         vlm, tok = inner(*args, **options)
         vlm.connector.bias.data.fill_(float("nan"))
         return vlm, tok
 
-    monkeypatch.setattr(verify, "build_vlm", poisoned)
+    monkeypatch.setattr(report, "build_vlm", poisoned)
     assert verify.main(SMALL) == 1
     assert "loss nan" in capsys.readouterr().out
 

@@ -23,7 +23,8 @@ from tests.support import trained_runs
 from train import run
 from train.data.join import join
 from train.evaluate import __main__ as evaluate
-from train.evaluate.__main__ import Options
+from train.evaluate.evaluation import evaluate as evaluation
+from train.evaluate.options import Options
 from train.evaluate.result import Evaluation, read
 from train.evaluate.scoring import Answer
 from train.metrics import read_metrics
@@ -50,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
 def result(trained: tuple[Path, CacheRoot]) -> Evaluation:
     """Evaluate that model on the held-out samples."""
     folder, root = trained
-    return evaluate.evaluate(Options(run=str(folder), features=root.path, max_new_tokens=16))
+    return evaluation(Options(run=str(folder), features=root.path, max_new_tokens=16))
 
 
 def test_right_answers_need_the_image(result: Evaluation) -> None:
@@ -103,7 +104,7 @@ def test_the_cache_is_that_of_the_run(
     assert run.main([*words, "cache", "--run", str(copy)]) == 0
     monkeypatch.chdir(tmp_path)
     asked = Options(run=str(copy), max_new_tokens=2, blind=False, limit=4)
-    assert evaluate.evaluate(asked).space == result.space
+    assert evaluation(asked).space == result.space
     report = tmp_path / "report.html"
     assert report_command.main(["--run", str(copy), "--output", str(report), "--images", "1"]) == 0
     assert report.stat().st_size > 10_000
@@ -114,14 +115,14 @@ def test_the_cache_is_that_of_the_run(
     with pytest.raises(
         UserError, match=r"in /gone, where there are none any more; .*--features DIR"
     ):
-        evaluate.evaluate(asked)
+        evaluation(asked)
     with pytest.raises(UserError, match=r"in /gone, where .*--features DIR"):
         report_command.main(["--run", str(copy)])
-    assert evaluate.evaluate(replace(asked, features=str(tmp_path / "moved"))).space == result.space
+    assert evaluation(replace(asked, features=str(tmp_path / "moved"))).space == result.space
     # A run that is resumed with the new place remembers it.
     shutil.rmtree(copy / "stage1" / "final")
     assert run.main([*words, str(tmp_path / "moved"), "--run", str(copy), "--resume"]) == 0
-    assert evaluate.evaluate(asked).space == result.space
+    assert evaluation(asked).space == result.space
 
 
 def test_the_splits_have_no_image_in_common(
@@ -129,7 +130,7 @@ def test_the_splits_have_no_image_in_common(
 ) -> None:
     folder, root = trained
     asked = Options(run=str(folder), features=root.path, blind=False, max_new_tokens=16)
-    seen, tested = (evaluate.evaluate(replace(asked, split=side)) for side in ("train", "test"))
+    seen, tested = (evaluation(replace(asked, split=side)) for side in ("train", "test"))
     media = [{m for a in r.answers for m in a.media} for r in (result, seen, tested)]
     assert sum(map(len, media)) == len(set().union(*media)) == 60 and all(media)
     assert seen.blind_loss is None and seen.tasks[0].scores[0].blind is None
@@ -191,7 +192,7 @@ def test_conversations_and_texts_without_media_are_asked(
                 blind=False,
                 max_new_tokens=4,
             )
-            answers |= {a.sample: a for a in evaluate.evaluate(options).answers}
+            answers |= {a.sample: a for a in evaluation(options).answers}
         except UserError as empty:
             assert "split" in str(empty)
     assert sorted(answers) == ["talk/chat", "talk/text"]  # the third has no answer to compare with
@@ -209,8 +210,8 @@ def test_scores_are_in_the_card_by_data_set_and_split(
         run=str(folder), features=trained[1].path, max_new_tokens=8, metric="caption=none"
     )
     before = json.loads(card.read_text())["stages"][-1].get("scores", [])
-    result = evaluate.evaluate(replace(asked, split="test"))
-    evaluate.evaluate(replace(asked, split="test"))  # replaces its own rows
+    result = evaluation(replace(asked, split="test"))
+    evaluation(replace(asked, split="test"))  # replaces its own rows
     rows = json.loads(card.read_text())["stages"][-1]["scores"]
     assert [r for r in rows if r["split"] != "test"] == [r for r in before if r["split"] != "test"]
     (row,) = (r for r in rows if r["split"] == "test")
@@ -224,11 +225,11 @@ def test_scores_are_in_the_card_by_data_set_and_split(
     assert str(trained[1].path) not in card.read_text()
 
     card.unlink()  # a model that was copied without its card
-    evaluate.evaluate(asked)
+    evaluation(asked)
     (stage,) = json.loads(card.read_text())["stages"]
     assert stage["incomplete"] and [r["split"] for r in stage["scores"]] == ["val"]
     card.write_text("{")
-    evaluate.evaluate(replace(asked, blind=False))
+    evaluation(replace(asked, blind=False))
     assert card.read_text() == "{", "a damaged card is left alone, and the evaluation is saved"
     assert read(folder / "stage1" / "evaluation-val.json").blind_loss is None
 
@@ -238,12 +239,12 @@ def test_a_metric_can_be_chosen(trained: tuple[Path, CacheRoot]) -> None:
     asked = Options(
         run=str(folder), features=root.path, max_new_tokens=8, blind=False, split="test"
     )
-    result = evaluate.evaluate(replace(asked, metric="colour=anls"))
+    result = evaluation(replace(asked, metric="colour=anls"))
     assert [(t.name, t.metric) for t in result.tasks] == [("colour", "anls"), ("caption", "exact")]
     with pytest.raises(
         UserError, match=r"--metric color: no such question type .*colors, .*colour"
     ):
-        evaluate.evaluate(replace(asked, metric="color=anls"))
+        evaluation(replace(asked, metric="color=anls"))
     with pytest.raises(UserError, match="none of exact, vqa"):
         evaluate.main(["--metric", "colour=bleu"])
     with pytest.raises(UserError, match=r"point_distance 2\.0"):

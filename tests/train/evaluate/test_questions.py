@@ -20,7 +20,7 @@ from tests.support.feature_caches import (
     new_world,
 )
 from tests.support.trained_runs import turns
-from train.evaluate.__main__ import scored
+from train.evaluate.evaluation import scored
 from train.evaluate.metrics import choose_metrics
 from train.evaluate.questions import questions
 

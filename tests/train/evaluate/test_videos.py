@@ -16,8 +16,8 @@ from tests.support import trained_runs
 from train import run
 from train.data.features import feature_bytes, read_features
 from train.data.join import join
-from train.evaluate import __main__ as evaluate
-from train.evaluate.__main__ import Options
+from train.evaluate import evaluation as evaluate
+from train.evaluate.options import Options
 from train.evaluate.result import Evaluation
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from tests.support.videos import make_video, number_of
 from train.evaluate.scoring import Answer
-from train.report import __main__ as report
 from train.report import media
+from train.report import page as report
 from train.report.media import find_media, picture
 
 

@@ -24,11 +24,13 @@ from cache.store.paths import CacheRoot
 from tests.support import trained_runs
 from tests.support.html_page import Page, loads_nothing
 from train import run
-from train.evaluate import __main__ as evaluate
+from train.evaluate.evaluation import evaluate
+from train.evaluate.options import Options as EvaluateOptions
 from train.evaluate.result import Evaluation
 from train.evaluate.scoring import Answer, summarize
 from train.report import __main__ as report
 from train.report import media
+from train.report.page import marks, pick_media, readable, render
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +46,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     )
     where = ["--run", str(folder / "run"), "--features", str(root.path)]
     assert run.main([*options.split(), *where]) == 0
-    asked = evaluate.Options(run=str(folder / "run"), features=root.path, max_new_tokens=4)
-    shown = [a.media[0] for a in evaluate.evaluate(asked).answers]
+    asked = EvaluateOptions(run=str(folder / "run"), features=root.path, max_new_tokens=4)
+    shown = [a.media[0] for a in evaluate(asked).answers]
     gone, changed = list(dict.fromkeys(shown))[:2]
     Path(gone).unlink()
     Path(changed).write_bytes(trained_runs.png((1, 2, 3), 99))
@@ -131,9 +133,9 @@ def evaluation(*answers: Answer) -> Evaluation:
 
 def test_text_never_becomes_markup(tmp_path: Path) -> None:
     result = evaluation(answer())
-    shown = report.pick_media(result.answers, 5, *opened(tmp_path))
+    shown = pick_media(result.answers, 5, *opened(tmp_path))
     shown.append(([media.Picture(absent="video <b>")], []))
-    page = Page(report.render(result, [], shown, config="a: <b>", meta=META))
+    page = Page(render(result, [], shown, config="a: <b>", meta=META))
     tags = {tag for tag, _ in page.tags}
     assert not {"script", "x", "een", "llm", "image"} & tags
     for text in (
@@ -151,8 +153,8 @@ def test_an_empty_answer_is_shown_as_nothing_and_a_caption_is_neither_right_nor_
     tmp_path: Path,
 ) -> None:
     answers = [answer(given=""), answer(correct=True), answer(task="caption")]
-    shown = report.pick_media(answers, 5, *opened(tmp_path))
-    html = report.render(evaluation(*answers), [], shown, config="", meta=META)
+    shown = pick_media(answers, 5, *opened(tmp_path))
+    html = render(evaluation(*answers), [], shown, config="", meta=META)
     assert "<i>nothing</i>" in html
     assert "caption (not in the mean)" in html
     assert [a["class"] for a in Page(html).all("dd") if "class" in a] == ["wrong", "right", "plain"]
@@ -164,21 +166,21 @@ def test_points_are_marked() -> None:
         expected='<points coords="1 1 250 500 2 900 100">x</points>',
         given='<points coords="2 1 700 300">x</points>',
     )
-    assert report.marks([pointed], 1) == [("ring", 25.0, 50.0), ("ring", 90.0, 10.0)]
-    assert report.marks([pointed], 2) == [("wrong", 70.0, 30.0)]
+    assert marks([pointed], 1) == [("ring", 25.0, 50.0), ("ring", 90.0, 10.0)]
+    assert marks([pointed], 2) == [("wrong", 70.0, 30.0)]
 
 
 def test_points_are_shown_as_coordinates() -> None:
     pointed = '<points coords="1 1 250 500 2 900 100">red & blue</points>'
-    assert report.readable(pointed) == "(250, 500) (900, 100) red & blue"
-    assert report.readable('<points coords="x">') == '<points coords="x">'
+    assert readable(pointed) == "(250, 500) (900, 100) red & blue"
+    assert readable('<points coords="x">') == '<points coords="x">'
 
 
 def test_data_sets_take_turns(tmp_path: Path) -> None:
     answers = [answer(sample=f"big/{i}", media=(f"/b{i}",)) for i in range(9)]
     answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]
     answers += [answer(sample="big/again", media=("/b0",)), answer(sample="text/1", media=())]
-    shown = report.pick_media(answers, 4, *opened(tmp_path))
+    shown = pick_media(answers, 4, *opened(tmp_path))
     assert [about[0].sample for _, about in shown] == ["big/0", "small/0", "big/1", "small/1"]
     assert [a.sample for a in shown[0][1]] == [
         "big/0",

@@ -16,8 +16,8 @@ import pytest
 
 from cache.format.checksums import sealed_json
 from configs import UserError
-from model import generate
 from model.export.card import find_card
+from model.generate import __main__ as generate
 from model.io.saved_model import load_final, read_meta
 from tests.support import trained_runs
 from tests.support.faults import NO_FILES, in_time, put_in_place

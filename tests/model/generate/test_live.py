@@ -19,7 +19,8 @@ import configs
 from cache.format import codec
 from cache.format.checksums import sealed_json
 from configs import UserError
-from model.generate import live_features, main
+from model.generate.__main__ import main
+from model.generate.live import live_features
 from model.inference import answer
 from model.io.saved_model import META, load_final, read_meta, save_final
 from model.media.images import decode_image
@@ -109,7 +110,7 @@ def test_a_jpeg_is_decoded_as_the_space_of_the_model_says(
         seen.append(live_features(*args))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr("model.generate.live_features", spy)
+    monkeypatch.setattr("model.generate.live.live_features", spy)
     words = ["--run", str(tmp_path / "run"), "--image", str(photograph), "--prompt", "what?"]
     assert main([*words, "--max-new-tokens", "2"]) == 0
     whole = live_features(encoder, space, [decode_image(photograph.read_bytes())])
@@ -167,7 +168,7 @@ def test_a_file_that_is_used_with_a_note_is_named(
 def test_without_images_no_encoder_is_loaded(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.generate.rebuild_encoder", None)
+    monkeypatch.setattr("model.generate.live.rebuild_encoder", None)
     vlm, tok, _ = load_final(world / "run/stage1/final")
     out, _ = ask(world, capsys, "--prompt", "an <image> in words")
     text = answer(vlm, tok, [([("user", "an <image> in words", 1.0)], None)], max_new_tokens=16)

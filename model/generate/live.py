@@ -1,46 +1,28 @@
-"""Ask a trained model about images and videos. Runs the whole model, encoder included.
+"""Answer a question about files: decode and encode them, round as the cache does, and generate.
 
-python -m model.generate --run demo --image cat.png --prompt "How many shapes?"
-python -m model.generate --image a.jpg --image b.jpg --prompt "<image> and <image>: what differs?"
-python -m model.generate --video video.mp4 --prompt "What happens?"
-python -m model.generate --image a.jpg --video b.mp4 --prompt "In <video>, where is <image>?"
-python -m model.generate --prompt "No image at all." --temperature 0.7 --verbose
-
-The encoder is rebuilt from the record of the run's feature space, and its weights are compared with that
-record. Features pass through the space's codec, so the model gets what it would read from the cache.
-Frames of a video are sampled as for training. Only the answer is printed to standard output.
-
-`<image>` marks the place of an image in the prompt and `<video>` that of a video, in the order given. If the
-number of marks of a kind differs from that of its files, either mark is replaced by the next file: images
-first, then videos.
-Without marks, images are put first, then videos, then the text.
+text = generate(Options(run="demo", image=(Path("cat.png"),), prompt="How many shapes?"))
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-import configs
 from cache.format.frame_sampling import MAX_FRAMES, sample_times
 from cache.format.gate import read_regular
 from cache.format.media_marks import MARK
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
 from configs.text import say
+from model.generate.options import Options
 from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
@@ -54,68 +36,6 @@ from nanomolmo2.unpack import unpack
 
 MAX_IMAGE_BYTES = 1 << 30
 """Bytes of an image, at most."""
-PROG = "python -m model.generate"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Ask a trained model about images and videos."""
-
-    prompt: str = ""
-    """Question; `<image>` and `<video>` mark the places of media, which are put first without marks."""
-    image: tuple[Path, ...] = ()
-    """Image files, in the order of their marks."""
-    video: tuple[Path, ...] = ()
-    """Video files, in the order of their marks."""
-    max_frames: int | None = None
-    """Most frames of one video; when not given, as in the model's training."""
-    run: str = "default"
-    """Name of the run, below runs/, or a path."""
-    stage: int | None = None
-    """Stage of the model; when not given, the last finished one."""
-    max_new_tokens: int = 256
-    """Longest answer, tokens."""
-    temperature: float = 0.0
-    """0: the likeliest token each time; above 0: sampled, more randomly the higher it is."""
-    seed: int = 0
-    """Seed of the sampling."""
-    weights: str | None = None
-    """File or folder of the encoder's weights, if they moved since encoding."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
-    verbose: bool = False
-    """Print to standard error what was loaded, and the seconds each part took."""
-
-    def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise ValueError("no --prompt: give a question")
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is below 0")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise ValueError(f"max_frames {self.max_frames} is below 1")
-        for option, paths in (("--image", self.image), ("--video", self.video)):
-            for path in paths:
-                _refuse_url(option, str(path))
-        images, videos, marks = len(self.image), len(self.video), len(MARK.findall(self.prompt))
-        # Without files, marks are plain text.
-        if images + videos and marks not in (0, images + videos):
-            raise ValueError(
-                f"{images} --image and {videos} --video but {marks} marks (<image> or <video>) in the "
-                "prompt; give one mark for each, or none at all"
-            )
-
-
-def _refuse_url(option: str, path: str) -> None:
-    """Raise ValueError with the command that downloads it, if `path` is a URL."""
-    # A Path writes one slash for two.
-    url = re.sub(r"^(https?):/+", r"\1://", path, flags=re.IGNORECASE)
-    if re.match(r"https?://", url, re.IGNORECASE):
-        name = shlex.quote(urlsplit(url).path.rstrip("/").rpartition("/")[2] or "downloaded")
-        raise ValueError(
-            f"{option} takes files, not URLs; download it first: curl -fL -o {name} {shlex.quote(url)}"
-        )
 
 
 class Stopwatch:
@@ -130,14 +50,6 @@ class Stopwatch:
         if self.on:
             print(f"{now - self.since:7.2f} s  {what}", file=sys.stderr)
         self.since = now
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print one answer."""
-    options = configs.parse(Options, argv, prog=PROG, description=__doc__)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    print(generate(options))  # the guard of standard output escapes what is in an answer
-    return 0
 
 
 def generate(options: Options) -> str:
@@ -294,7 +206,3 @@ def live_features(
         number = int((~packed.finite).nonzero()[0])
         raise UserError(f"{array} {number + 1}: the encoder overflows on it; try --device cpu")
     return unpack(packed.rows, spec.codec, spec.tokens(array), spec.width)
-
-
-if __name__ == "__main__":
-    configs.command(main)
