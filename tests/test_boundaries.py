@@ -142,13 +142,17 @@ def test_a_new_folder_in_the_cache_needs_a_layer(copy: Path) -> None:
             "configs encode model train torch ray transformers tyro",
         ),
         ("configs; configs.load('train')", "cache encode model train torch ray transformers tyro"),
+        (
+            "train.run, train.compare.__main__, train.report.__main__, train.evaluate.result",
+            "encode torch transformers ray",
+        ),
         pytest.param(
-            "train.run, train.evaluate, train.demo",
+            "train.training, train.evaluate.evaluation, train.demo",
             "encode open_clip ray model.vision.encoder.encoder",
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["cache", "configs", "train"],
+    ids=["cache", "configs", "no torch", "train"],
 )
 def test_an_import_never_loads(imports: str, never: str, tmp_path: Path) -> None:
     """A cache reader's own `model.py` or `configs.py`, first on the path, is never imported."""

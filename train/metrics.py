@@ -21,10 +21,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 import msgspec
-import torch
 
 from cache.format.gate import fit, parse_json
 from cache.store.files import write_atomic
@@ -32,6 +31,9 @@ from configs import UserError, one_line
 from configs.console import duration_text
 from configs.progress import Meter, number_text
 from model.io.run_files import MOST_METRICS, Count, read_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +275,8 @@ def screen_line(window: Sequence[StepRecord], last_step: int) -> str:
 def memory_gib(device: torch.device) -> float:
     """Return peak memory in GiB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
+        import torch  # here: what reads metrics alone takes no seconds to start
+
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB
 

@@ -41,7 +41,7 @@ from train.data.schedule import Schedule
 from train.distributed.group import ProcessGroup
 from train.distributed.shard import fingerprint, make_whole, part_number, shard
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
-from train.stage import checkpoint, ending, records, run_folder, setup, vision_tail
+from train.stage import checkpoint, ending, files, records, run_folder, setup, vision_tail
 from train.stage.card import write_card
 from train.stage.saver import Saver
 from train.step import (
@@ -168,8 +168,8 @@ def train_stage(
                     write_card(folder, options, reader, data.train, used, origin, vlm.adapters)
                     meta = records.model_meta(options, reader) | {"step": step}
                     meta |= {"base": facts["base"]} if vlm.adapters else {}
-                    save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
-    say(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
+                    save_final(folder / files.FINAL, vlm, tokenizer, meta)
+    say(f"stage {options.stage} is finished: {folder / files.FINAL}")
     return 0
 
 
@@ -207,7 +207,7 @@ def train(
     stop = stop or Interrupts()
     vlm, device = forward.vlm, forward.device
     optimizer, rates = build_optimizer(vlm, options), rate_schedules(options)
-    checkpoints = folder / run_folder.CHECKPOINTS
+    checkpoints = folder / files.CHECKPOINTS
     done = saved = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = saved = checkpoint.load(newest, vlm, optimizer)["step"]
@@ -303,7 +303,7 @@ def starting_facts(
     folder: Path, options: Options, data: setup.Data, forward: Forward
 ) -> dict[str, object]:
     """Return what must be equal on all processes before they share a model: else they wait for each other."""
-    newest = checkpoint.newest(folder / run_folder.CHECKPOINTS)
+    newest = checkpoint.newest(folder / files.CHECKPOINTS)
     return {
         "checkpoint": newest and newest.name,
         "samples": data.train.digest,

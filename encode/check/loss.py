@@ -16,6 +16,7 @@ from pathlib import Path
 import configs
 from cache.errors import CacheError
 from configs.text import say
+from model.io.runs import find_run
 
 PROG = "python -m encode.check.loss"
 TOLERANCE = 0.01
@@ -50,7 +51,8 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if the losses differ."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
+    find_run(options.run)
+    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
     from encode.check.losses import compare
 
     result = compare(**vars(options))

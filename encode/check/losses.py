@@ -26,7 +26,8 @@ from cache.store.space import find_space
 from configs import UserError
 from encode.check.media import CheckConfig, LoadedMedia, MediaLoader
 from model.attention.batch import PackedBatch
-from model.io.saved_model import find_run, load_final
+from model.io.runs import find_run
+from model.io.saved_model import load_final
 from model.language.chat_template import (
     Message,
     fill_placeholders,

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import configs
 from configs.text import say
 from model.export.options import Options
+from model.io.runs import find_run
 
 PROG = "python -m model.export"
 FAILED = 1
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export a model; return the exit code."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
+    find_run(options.run, options.stage)
+    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
     from model.export.compare import MismatchError
     from model.export.exporter import export
 

@@ -25,8 +25,8 @@ from model.export.folder import CODE, has_own_class, model_class
 from model.export.mmproj import image_note, tower_note
 from model.export.towers import NESTED, ExportedTower
 from model.io.run_files import read_json
-from model.language.folder_template import FOLDER_TEMPLATE
-from model.language.lora import Adapters, AdaptersMeta
+from model.language.lora import Adapters
+from model.language.records import FOLDER_TEMPLATE, AdaptersMeta
 from model.media.fit import SPARE
 
 CARD = "card.json"

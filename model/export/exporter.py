@@ -29,7 +29,8 @@ from model.export.mmproj import image_note, tower_note
 from model.export.options import Options
 from model.export.push import check_push, push
 from model.export.towers import ExportedTower, export_tower, with_tail
-from model.io.saved_model import find_run, load_final, read_meta
+from model.io.runs import find_run, read_meta
+from model.io.saved_model import load_final
 from model.language.folder_template import attached
 from model.vision.encoder import rebuild_encoder
 from model.vlm import VLM

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import configs
 from model.generate.options import Options
+from model.io.runs import find_run
 
 PROG = "python -m model.generate"
 
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print one answer."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
+    find_run(options.run, options.stage)
+    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
     from model.generate.live import generate
 
     print(generate(options))  # the guard of standard output escapes what is in an answer

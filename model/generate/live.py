@@ -25,7 +25,8 @@ from configs.text import say
 from model.generate.options import Options
 from model.inference import Video, answer
 from model.io.device import pick_device
-from model.io.saved_model import find_run, load_final, read_meta
+from model.io.runs import find_run, read_meta
+from model.io.saved_model import load_final
 from model.media.fit import InputFit
 from model.media.images import BadMediaError, DecodedImage
 from model.media.video import frames

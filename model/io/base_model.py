@@ -20,8 +20,7 @@ import msgspec
 
 from configs import UserError
 from model.io.run_files import META, read_bytes
-from model.language.model import RANDOM
-from model.language.sources import local_folder
+from model.language.records import RANDOM
 
 POINTER = "base.txt"
 """A file that a user may add to a saved model: the place of its base, if that has moved."""
@@ -98,6 +97,8 @@ def find_base(folder: Path, base: Base, seal_of: Callable[[Path], str]) -> Path 
         if name.startswith(("/", ".")) and not Path(name).is_dir():
             raise UserError(gone)
         if not name.startswith(RANDOM):
+            from model.language.sources import local_folder  # here: it imports transformers
+
             local_folder(
                 name, weights=True, way_out=f"{folder} has adapters of that model alone; {way_out}"
             )

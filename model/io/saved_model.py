@@ -18,35 +18,30 @@ model that they belong to (see base_model.py), which is not copied, and returns 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cache.format.checksums import crc32c, read_sealed_json, sealed_json
-from cache.format.gate import fit
+from cache.format.checksums import crc32c, sealed_json
 from cache.format.spec import FeatureSpec
-from configs import UserError, nearest, one_line, read_yaml
-from configs.command_line import command_text
+from configs import UserError, one_line
 from model.connector import build_connector
-from model.io.base_model import Base, base_name, check_base, find_base, other_weights
+from model.io.base_model import base_name, find_base, other_weights
 from model.io.llava_folder import TEMPLATES, with_template
-from model.io.run_files import META, MOST, Count, Name, refuse_links, refuse_links_beside
-from model.language.chat_template import VERSIONS, template_version
-from model.language.files import check_file, check_folder, read_text
-from model.language.folder_template import FOLDER_TEMPLATE
+from model.io.run_files import META
+from model.io.runs import FORMAT, again, read_meta
+from model.language.chat_template import template_version
+from model.language.files import read_text
 from model.language.lora import (
     Adapters,
-    AdaptersMeta,
     adapter_parameters,
     merge_saved,
     save_adapters,
@@ -61,54 +56,13 @@ from model.language.model import (
     save_tokenizer,
     unique_tensors,
 )
+from model.language.records import FOLDER_TEMPLATE
 from model.language.tokenizer import eos_ids, image_token, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
 from model.tail import VisionTail, empty_tail
 from model.vlm import VLM
 
 CONNECTOR, TAIL = "connector.safetensors", "tail.safetensors"
-RUNS = Path("runs")
-FORMAT = 2
-"""Version of the folder and of `nanomolmo2.json`."""
-
-
-class _Marks(TypedDict):
-    image: str
-    ends: list[int]
-
-
-class _File(TypedDict):
-    bytes: Count
-    crc32c: Count
-
-
-class _Space(TypedDict):
-    """Content of space.json; `spec` is checked where it is used."""
-
-    name: NotRequired[Name]
-    spec: NotRequired[dict[str, Any]]
-    load: NotRequired[dict[str, Any] | None]
-
-
-class Meta(TypedDict):
-    """What nanomolmo2.json, and state.json of a checkpoint, say of a model."""
-
-    connector: str
-    llm: str
-    space: _Space | None
-    stage: Annotated[int, msgspec.Meta(ge=0, le=99)]
-    step: Count
-    template: str
-    vision_width: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-    max_frames: NotRequired[int | None]
-    lora: NotRequired[AdaptersMeta]
-
-
-class _FinalMeta(Meta):
-    files: dict[Name, _File]
-    marks: NotRequired[_Marks]
-    base: NotRequired[Base]
-    positions: NotRequired[Count | None]
 
 
 KEYS = ("connector", "llm", "space", "stage", "step")
@@ -190,59 +144,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the content of nanomolmo2.json.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another version.
-    """
-    path = folder / META
-    if not (path.exists() or path.is_symlink()):
-        raise UserError(
-            f"{folder}: not a trained model (looked for {META}); train one: python -m train.run --stage 1"
-        )
-    check_folder(folder)
-    refuse_links_beside(folder)
-    if check_file(path) > MOST:
-        raise UserError(f"{path}: more than the {MOST:,} bytes that are read; {_again(folder)}")
-    try:
-        meta = read_sealed_json(path)
-    except (
-        Exception
-    ) as error:  # CorruptError of the cache, of which this package imports the format alone
-        what = one_line(getattr(error, "what", error))
-        raise UserError(f"{path}: {what}; {_again(folder)}") from None
-    if meta.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: format {one_line(meta.get('format'), 40)}, this version reads {FORMAT}"
-        )
-    try:
-        fit(meta, _FinalMeta)
-        if "base" in meta:
-            check_base(meta["base"])
-    except ValueError as error:
-        raise UserError(f"{path}: {one_line(error)}; {_again(folder)}") from None
-    if ("lora" in meta) != ("base" in meta):
-        raise UserError(f"{path}: has only one of lora and base; {_again(folder)}")
-    check_template_version(path, meta["template"])
-    if meta["template"] == FOLDER_TEMPLATE and "marks" not in meta:
-        raise UserError(f"{path}: no marks; {_again(folder)}")
-    return meta
-
-
-def check_template_version(path: Path, version: object) -> None:
-    """Raise UserError if a model was trained with a template that this version does not have."""
-    if version not in VERSIONS:
-        raise UserError(
-            f"{path}: trained with chat template {version}, this version uses "
-            f"{VERSIONS[0]}; use the version that trained it"
-        )
-
-
-def _again(folder: Path) -> str:
-    return f"copy {folder} again, or train the stage again"
-
-
 def check_files(folder: Path, meta: Mapping[str, Any], *, contents: bool = True) -> None:
     """Check that every file of a saved model has the bytes that were written, and that its base is there.
 
@@ -259,15 +160,15 @@ def check_files(folder: Path, meta: Mapping[str, Any], *, contents: bool = True)
     for name, written in meta["files"].items():
         path = folder / name  # a name without a slash, see _FinalMeta
         if not path.is_file():
-            raise UserError(f"{path}: is missing; {_again(folder)}")
+            raise UserError(f"{path}: is missing; {again(folder)}")
         size = path.stat().st_size
         if size != written["bytes"]:
             raise UserError(
-                f"{path}: {size:,} bytes, should be {written['bytes']:,}; {_again(folder)}"
+                f"{path}: {size:,} bytes, should be {written['bytes']:,}; {again(folder)}"
             )
         if contents and _fingerprint(path) != written:
             raise UserError(
-                f"{path}: was changed after training (its crc32c differs); {_again(folder)}"
+                f"{path}: was changed after training (its crc32c differs); {again(folder)}"
             )
 
 
@@ -292,7 +193,7 @@ def load_final(
     try:
         connector.load_state_dict(load_file(folder / CONNECTOR))
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes
-        raise UserError(f"{folder / CONNECTOR}: {one_line(error)}; {_again(folder)}") from None
+        raise UserError(f"{folder / CONNECTOR}: {one_line(error)}; {again(folder)}") from None
     tail = _load_tail(folder, meta, dtype)
     vlm = VLM(language, connector, meta["vision_width"], tail)
     return vlm.to(device).eval(), tokenizer, meta
@@ -339,11 +240,11 @@ def _load_tail(folder: Path, meta: Mapping[str, Any], dtype: torch.dtype) -> Vis
         assert known.tail is not None
         stored = meta["files"].get(TAIL, {"bytes": 0})["bytes"]
         if stored < known.tail.nbytes(known.width):  # before memory is allocated
-            raise UserError(f"{path}: {stored:,} bytes are too few; {_again(folder)}")
+            raise UserError(f"{path}: {stored:,} bytes are too few; {again(folder)}")
         tail = empty_tail(known)
         tail.load_state_dict(load_file(path))
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: {one_line(error)}; {_again(folder)}") from None
+        raise UserError(f"{path}: {one_line(error)}; {again(folder)}") from None
     return tail.to(dtype)
 
 
@@ -361,66 +262,3 @@ def saved_tokenizer(folder: Path, meta: Mapping[str, Any]) -> PreTrainedTokenize
     marks, path = meta["marks"], folder / TEMPLATES[0]
     text = read_text(path)
     return with_template(tokenizer, text, marks["image"], tuple(marks["ends"]), str(path))
-
-
-def find_run(run: str, stage: int | None = None) -> Path:
-    """Return the `final` folder of a stage of a run.
-
-    Args:
-        run: a name below runs/, the path of a run, of a stage, or of a `final` folder.
-        stage: number of the stage; None for the last finished one.
-
-    Raises:
-        UserError: there is no such run, or the stage is not finished.
-    """
-    root = Path(run)
-    if (root / META).is_file():
-        refuse_links_beside(root)
-        return root
-    if (root / "final" / META).is_file():
-        refuse_links(root)
-        return root / "final"
-    root = find_root(run)
-    found = {
-        int(path.parent.parent.name.removeprefix("stage")): path.parent
-        for path in root.glob(f"stage[0-9]/final/{META}")
-    }
-    wanted = stage if stage is not None else max(found, default=1)
-    refuse_links(root / f"stage{wanted}")
-    if wanted not in found:
-        words = ["--stage", str(wanted), "--run", run, *_features_of(root, wanted), "--resume"]
-        raise UserError(
-            f"run {run}: stage {wanted} is not finished (no {root}/stage{wanted}/final); "
-            f"continue with: {command_text('python -m train.run', words)}"
-        )
-    return found[wanted]
-
-
-def find_root(run: str) -> Path:
-    """Return the folder of a run.
-
-    Args:
-        run: its path, or its name below runs/.
-
-    Raises:
-        UserError: there is no such run.
-    """
-    root = Path(run)
-    if not root.is_dir() or not any(root.glob("stage*")):
-        root = RUNS / run
-    if not root.is_dir():
-        names = sorted(p.name for p in RUNS.glob("*") if any(p.glob("stage*")))
-        raise UserError(
-            f"no run {run} (looked in {root}){nearest(run, names)}; "
-            f"{'there are: ' + ', '.join(names) if names else 'train one: python -m train.run --stage 1'}"
-        )
-    return root
-
-
-def _features_of(root: Path, stage: int) -> list[str]:
-    """Return the option that names the cache of a run: that of a stage, or of the last one before it."""
-    for number in range(stage, 0, -1):
-        path = root / f"stage{number}" / "config.yaml"
-        with contextlib.suppress(OSError, UserError, KeyError):
-            return ["--features", str(read_yaml(path)["features"])]
-    return []

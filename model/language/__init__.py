@@ -11,6 +11,7 @@
     loading            every tensor into the model (tokenizer_files: its tokenizer)
     loss               cross-entropy without all logits in memory
     lora               low-rank adapters: added for training, saved as peft does, merged
+    records            what a saved model records of it; torch is not imported for that
 
 Read chat_template.py first. Other people's folders are refused with one line unless they are whole.
 """

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from cache.format.media_marks import split_at_marks
-from model.language.folder_template import FOLDER_TEMPLATE, attached
+from model.language.folder_template import attached
+from model.language.records import FOLDER_TEMPLATE, TEMPLATE_VERSION
 from model.language.tokenizer import (
     IM_END,
     IM_START,
@@ -43,10 +44,6 @@ from model.language.tokenizer import (
     token_id,
 )
 
-TEMPLATE_VERSION = "chatml-2"
-"""Version of the template. Change it whenever equal messages would give other ids or weights: tokenised text
-is stored under it."""
-
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -54,9 +51,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 """The template for transformers' tokenizers (Jinja), of messages whose content is text."""
-
-VERSIONS = (TEMPLATE_VERSION, FOLDER_TEMPLATE)
-"""Templates of models that this version reads."""
 
 Message = tuple[str, str, float]
 """(role, content, weight). Only the weights of assistant turns are used."""
@@ -73,7 +67,7 @@ class TokenizedSample:
 
 
 def template_version(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the version of a tokenizer's template, one of `VERSIONS`."""
+    """Return the version of a tokenizer's template, one of `model.language.records.VERSIONS`."""
     return TEMPLATE_VERSION if attached(tokenizer) is None else FOLDER_TEMPLATE
 
 

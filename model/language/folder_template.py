@@ -32,11 +32,10 @@ from transformers import PreTrainedTokenizerFast
 
 from cache.format.media_marks import split_at_marks
 from configs import UserError, one_line
+from model.language.records import FOLDER_TEMPLATE
 from model.language.sandbox import compile_template
 from model.language.tokenizer import ROLES, image_id, image_token, token_id
 
-FOLDER_TEMPLATE = "folder-1"
-"""Version of the rules of this file. Change it whenever equal messages would give other ids or weights."""
 BREAK = "\ufdd0"
 """In what looks like a control token in a text. Unicode keeps this code point free for uses in a program."""
 WAYS = ("parts", "text", "mixed")

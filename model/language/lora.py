@@ -20,9 +20,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,6 +31,7 @@ from transformers import PreTrainedModel
 from cache.format.checksums import crc32c
 from configs import UserError, one_line
 from model.language.files import AGAIN, read_header
+from model.language.records import AdaptersMeta
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """peft's names of its two files."""
@@ -47,17 +47,6 @@ PREFIX = "base_model.model."
 MARK = ".lora_"
 """In the names of the parameters of adapters, and of nothing else."""
 MISSING = "{option} needs the package {package}; install it: pip install 'nanomolmo2[{extra}]'"
-
-
-class AdaptersMeta(TypedDict):
-    """What nanomolmo2.json and state.json say of adapters; see `Adapters`."""
-
-    rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-    alpha: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-    target_modules: Annotated[
-        list[Annotated[str, msgspec.Meta(pattern=r"^\w{1,64}$")]], msgspec.Meta(max_length=64)
-    ]
-    load_in_4bit: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,13 +31,13 @@ from model.language.chat_template import template_text
 from model.language.checkpoint import CONFIG, WEIGHTS, open_checkpoint, read_config
 from model.language.files import AGAIN, read_object
 from model.language.loading import check_tied, empty_model, fit, load_weights, quiet
+from model.language.records import RANDOM
 from model.language.sources import has_weights, hub_hint, local_folder
 from model.language.tokenizer import byte_tokenizer, eos_ids, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
 
 log = logging.getLogger(__name__)
 
-RANDOM = "random:"
 """Prefix of an untrained model's name."""
 ROW_MULTIPLE = 64
 """Embedding rows are rounded up to a multiple of this when they are created or resized."""

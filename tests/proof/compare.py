@@ -17,14 +17,15 @@ import configs
 from cache.remote.open import RemoteOptions, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from model.io.saved_model import find_run, load_final
+from model.io.runs import find_run
+from model.io.saved_model import load_final
 from model.language.model import load_tokenizer
 from tests.proof import reference, training
 from tests.proof.drawings import SIDE
 from tests.proof.scores import flops_bound, is_equal, paired
 from tests.proof.work import Line, Work, as_json, folder_bytes, metrics
 from train.config import Options, read_saved
-from train.stage import run_folder, setup
+from train.stage import files, setup
 
 CODECS = ("int8", "int4")
 EXPERIMENT = "experiment-mlp"
@@ -89,7 +90,7 @@ def batches_of(work: Work, stage: Path) -> list[list[reference.Record]]:
 
 def configs_of(stage: Path) -> Options:
     """Return the options that a stage was trained with."""
-    path = stage / run_folder.CONFIG
+    path = stage / files.CONFIG
     return configs.build(Options, read_saved(path), str(path))
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from cache.format.spec import FeatureSpec
 from cache.store.files import write_atomic
 from model.inference import answer
-from model.io.saved_model import find_run, load_final, read_meta
+from model.io.runs import find_run, read_meta
+from model.io.saved_model import load_final
 from model.vision.encoder import rebuild_encoder
 from tests.proof import training
 from tests.proof.work import HERE, Line, Work, as_json

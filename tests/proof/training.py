@@ -17,7 +17,8 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from model.inference import answer, generation_mode
 from model.io.device import native_dtype
-from model.io.saved_model import find_run, load_final, read_meta, save_final
+from model.io.runs import find_run, read_meta
+from model.io.saved_model import load_final, save_final
 from model.language.tokenizer import encode_text
 from tests.proof.drawings import KIND, NAME
 from tests.proof.prepare import ENCODER

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import configs
 from configs import UserError
-from model.io.saved_model import load_final, read_meta
+from model.io.runs import read_meta
+from model.io.saved_model import load_final
 from model.language.lora import ADAPTER, ADAPTER_CONFIG
 from model.language.model import load_language, save_language
 from model.vlm import VLM, build_vlm

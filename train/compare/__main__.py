@@ -20,17 +20,15 @@ from cache.errors import CacheError
 from cache.store.files import write_atomic
 from configs.console import bytes_text, table_text
 from configs.text import say, visible
+from train.compare import page
 from train.compare.options import PROG, Options
+from train.compare.tables import compare, read_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
-    from train.compare import page
-    from train.compare.tables import compare, read_runs
-
     runs, split = read_runs(options)
     tables, notes = compare(runs, split)
     labels = [run.label for run in runs]

@@ -9,9 +9,10 @@ from typing import Annotated
 import tyro
 
 from cache.store.samples import Split
+from train.compare.page import STYLES
 
 PROG = "python -m train.compare"
-MOST_RUNS = 8
+MOST_RUNS = len(STYLES)
 """Runs on one page: each has a colour of its own."""
 
 

@@ -11,11 +11,9 @@ from markupsafe import Markup
 from cache.view import page
 from cache.view.charts import Line, finite, line_chart, smoothed
 from train.compare.differences import Row, groups
-from train.compare.options import MOST_RUNS
 from train.compare.runs import Point, StageRun
 
 STYLES = "abcdefgh"
-assert len(STYLES) == MOST_RUNS
 """A colour of style.css for each run."""
 
 

@@ -23,12 +23,12 @@ from cache.store.samples import Split
 from configs import UserError
 from configs.command_line import command_text
 from model.io.run_files import META, Count, read_json, refuse_links
-from model.io.saved_model import find_root, read_meta
+from model.io.runs import find_root, read_meta
 from train.config import Options, read_saved
 from train.evaluate.result import Evaluation, read
 from train.metrics import METRICS, read_metrics
 from train.stage.card import CARD, SETTINGS
-from train.stage.run_folder import CONFIG, FINAL, RUN, Facts
+from train.stage.files import CONFIG, FINAL, RUN, Facts
 
 TOKENIZER = "tokenizer.json"
 """The file of a finished model by which tokenizers are compared."""

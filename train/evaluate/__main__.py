@@ -22,6 +22,7 @@ from dataclasses import asdict
 import configs
 from cache.errors import CacheError
 from configs.text import json_text
+from model.io.runs import find_run
 from train.evaluate.options import Options
 from train.evaluate.result import table
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
+    find_run(options.run, options.stage)
+    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
     from train.evaluate.evaluation import evaluate
 
     result = evaluate(options)

@@ -13,7 +13,8 @@ from cache.store.reader import FeatureReader
 from configs.progress import Meter, number_text
 from model.inference import answer
 from model.io.device import pick_device
-from model.io.saved_model import find_run, load_final
+from model.io.runs import find_run
+from model.io.saved_model import load_final
 from train.config import Options as TrainOptions
 from train.config import parse_mix
 from train.data.features import feature_bytes, read_features

@@ -12,7 +12,7 @@ from cache.remote.open import RemoteOptions
 from cache.store.paths import is_url
 from configs import UserError
 from train.config import Options, read_saved
-from train.stage.run_folder import CONFIG
+from train.stage.files import CONFIG
 
 log = logging.getLogger(__name__)
 

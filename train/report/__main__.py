@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import configs
 from cache.errors import CacheError
 from train.report.options import Options
+from train.report.page import report
 
 PROG = "python -m train.report"
 
@@ -25,9 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
-    from train.report.page import report
-
     report(options)
     return 0
 

@@ -19,8 +19,7 @@ from configs import MOST_YAML
 from configs.console import bytes_text, duration_text
 from configs.text import say
 from model.io.run_files import read_bytes
-from model.io.saved_model import find_run, read_meta
-from train.evaluate.evaluation import evaluate
+from model.io.runs import find_run, read_meta
 from train.evaluate.metrics import CAPTIONS, MEAN_ERROR
 from train.evaluate.options import Options as EvaluateOptions
 from train.evaluate.pointing import POINTS, points_in
@@ -30,7 +29,7 @@ from train.evaluate.scoring import Answer
 from train.metrics import read_metrics
 from train.report.media import Picture, find_media, picture
 from train.report.options import Options
-from train.stage.run_folder import CONFIG
+from train.stage.files import CONFIG
 
 
 def report(options: Options) -> None:
@@ -74,6 +73,8 @@ def evaluated(final: Path, options: Options) -> Evaluation:
             return result
     shared = ("features", "split", "device", "mirror", "mirror_gb", "allow_private")
     values: dict[str, Any] = {name: getattr(options, name) for name in shared}
+    from train.evaluate.evaluation import evaluate  # here, because torch takes seconds to load
+
     return evaluate(EvaluateOptions(run=str(final), **values))
 
 

@@ -1,7 +1,8 @@
 """One stage of a run: what it starts with, and what it leaves on disk.
 
     setup.py         space, model and data, before the first step
-    run_folder.py    the folder of a stage: created, locked, checked before it is resumed
+    files.py         names of what its folder has
+    run_folder.py    that folder: created, locked, checked before it is resumed
     checkpoint.py    what a resumed run continues from: files, and which of them count
     shards.py        its tensors, written by each process in parts, read by any number of processes
     saver.py         writes it while training goes on

@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,13 @@ from cache.store.reader import FeatureReader
 from cache.store.references import NOUNS, read_references
 from configs import UserError
 from model.io.run_files import read_json
-from model.language.lora import Adapters
 from train.config import Options
 from train.data.sample_list import SampleList
 from train.metrics import read_metrics
-from train.stage.origin import Origin
+
+if TYPE_CHECKING:
+    from model.language.lora import Adapters
+    from train.stage.origin import Origin
 
 log = logging.getLogger(__name__)
 

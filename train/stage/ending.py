@@ -35,9 +35,9 @@ from train.data.sample_list import SampleList
 from train.distributed.group import ProcessGroup
 from train.metrics import read_metrics
 from train.stage import checkpoint
+from train.stage.files import CHECKPOINTS
 from train.stage.less_memory import is_out_of_memory, less_memory, on_gpu, shorter
 from train.stage.origin import Origin
-from train.stage.run_folder import CHECKPOINTS
 from train.step import SAMPLES_NAMED, NonFiniteError
 
 DISK_ERRORS = {

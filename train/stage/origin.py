@@ -24,22 +24,16 @@ from cache.format.gate import fit
 from configs import UserError, nearest
 from model.io.llava_folder import is_llava, open_llava, other_model
 from model.io.run_files import META, refuse_links
-from model.io.saved_model import (
-    RUNS,
-    Meta,
-    check_template_version,
-    load_final,
-    read_meta,
-    saved_tokenizer,
-)
-from model.language.folder_template import FOLDER_TEMPLATE
+from model.io.runs import RUNS, Meta, check_template_version, read_meta
+from model.io.saved_model import load_final, saved_tokenizer
 from model.language.lora import check_packages
 from model.language.model import load_tokenizer, max_positions, saved_positions
+from model.language.records import FOLDER_TEMPLATE
 from model.language.sources import local_folder
 from model.tail import VisionTail
 from model.vlm import VLM, build_vlm
 from train.stage import checkpoint, llava
-from train.stage.run_folder import CHECKPOINTS, FINAL, RUN
+from train.stage.files import CHECKPOINTS, FINAL, RUN
 
 log = logging.getLogger(__name__)
 

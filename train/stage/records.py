@@ -21,12 +21,13 @@ from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, free_bytes
 from model.io.base_model import base_name, final_base, language_base
-from model.io.saved_model import read_meta, save_final
+from model.io.runs import read_meta
+from model.io.saved_model import save_final
 from model.language.chat_template import template_version
 from model.language.model import unique_tensors
 from model.vlm import VLM
 from train.config import Options
-from train.stage import checkpoint, run_folder
+from train.stage import checkpoint, files, run_folder
 from train.stage.origin import Origin, recorded
 
 WORD_BYTES, SMALL_FILES_BYTES = 100, 128 << 10
@@ -75,7 +76,7 @@ def keep_origin(
     if origin is None or facts["origin"] is not None:
         return facts
     if origin.kind != "final":
-        start = folder / run_folder.START
+        start = folder / files.START
         kept = ("llm", "connector", "space", "stage", "step", "max_frames")
         values = dict(meta) | {
             key: origin.meta[key] for key in kept if origin.meta.get(key) is not None
@@ -101,7 +102,7 @@ def keep_base(folder: Path, facts: dict[str, Any], options: Options, vlm: VLM) -
         base = language_base(str(options.llm), seed=options.seed, checksum=vlm.base_checksum)
     else:
         seal = read_meta(origin.path)["seal"]
-        base = final_base(origin.path, folder / run_folder.FINAL, seal)
+        base = final_base(origin.path, folder / files.FINAL, seal)
     new, facts = "base" not in facts, {"base": base, **facts}
     if new:
         run_folder.write_facts(folder, facts)
@@ -121,7 +122,7 @@ def check_room(
     Raises:
         UserError: it has not. The message says what is needed and what is free.
     """
-    begun = checkpoint.committed(folder / run_folder.CHECKPOINTS)
+    begun = checkpoint.committed(folder / files.CHECKPOINTS)
     done = int(begun[-1].name.removeprefix("step-")) if begun else 0
     one = checkpoint.nbytes(vlm)
     words = vlm.language.get_input_embeddings().num_embeddings

@@ -28,9 +28,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
-
-import msgspec
+from typing import Any
 
 import configs
 from cache.store.files import write_atomic
@@ -38,8 +36,7 @@ from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine
-from model.io.base_model import Base
-from model.io.run_files import META, Count, Name, read_json, refuse_links
+from model.io.run_files import META, read_json, refuse_links
 from train.config import (
     MACHINE_KEYS,
     Options,
@@ -52,30 +49,15 @@ from train.config import (
 from train.data.sample_list import SampleList
 from train.metrics import METRICS, read_metrics
 from train.stage import checkpoint
+from train.stage.files import CHECKPOINTS, CONFIG, FINAL, RUN, SAMPLES, START, Facts
 
 log = logging.getLogger(__name__)
 
-CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.safetensors"
-FINAL, CHECKPOINTS, START = "final", "checkpoints", "start"
 LOCK = "lock"
 OWN = (CONFIG, RUN, SAMPLES, METRICS, "tb", START, CHECKPOINTS, f"{FINAL}.partial", LOCK)
 """What a start that failed may leave in the folder."""
 MODEL_KEYS = ("space", "llm", "connector")
 """Options with which the weights of a run cannot be used any more, when they change."""
-
-
-class Facts(TypedDict):
-    """Content of run.json; `parameters`: those that are trained, and all."""
-
-    id: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
-    space: Name
-    fingerprint: str
-    samples: dict[str, int]
-    samples_digest: str
-    command: list[str]
-    origin: tuple[str, str] | None
-    base: NotRequired[Base]
-    parameters: NotRequired[tuple[Count, Count]]
 
 
 def is_finished(folder: Path) -> bool:

@@ -36,9 +36,9 @@ from model.io.llava_folder import is_llava
 from model.io.run_files import refuse_links
 from model.io.saved_model import check_files
 from model.language.chat_template import template_version
-from model.language.folder_template import FOLDER_TEMPLATE
 from model.language.lora import check_packages
 from model.language.model import max_positions
+from model.language.records import FOLDER_TEMPLATE
 from model.tail import VisionTail
 from model.vlm import VLM, build_vlm
 from train.config import Options, parse_mix, stage_folder
@@ -49,7 +49,7 @@ from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
 from train.data.usable import NothingToLearnError, learnable
-from train.stage import llava, run_folder, vision_tail
+from train.stage import files, llava, run_folder, vision_tail
 from train.stage.origin import Origin, find_origin, recorded
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def starting_point(options: Options, folder: Path, command: CommandLine) -> Orig
             f"or train that stage: {first}"
         )
     refuse_links(before)
-    return find_origin(str(before / run_folder.FINAL))
+    return find_origin(str(before / files.FINAL))
 
 
 def resolve(options: Options, origin: Origin | None, reader: FeatureReader) -> Options:
@@ -319,7 +319,7 @@ def load_data(
         held_out=options.held_out,
         min_coverage=options.min_coverage,
         max_frames=options.max_frames,
-        frozen=folder / run_folder.SAMPLES if facts else None,
+        frozen=folder / files.SAMPLES if facts else None,
     )
     if facts:
         _log_growth(facts["samples"], train)

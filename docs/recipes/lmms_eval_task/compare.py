@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from model.io.saved_model import find_run
+from model.io.runs import find_run
 from train.evaluate.result import read
 
 

@@ -18,7 +18,7 @@ from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples
 from cache.view.thumbnails import MAX_FILE_BYTES
-from model.io.saved_model import find_run
+from model.io.runs import find_run
 from model.media.images import decode_image
 from train.evaluate.result import read
 from train.evaluate.run_options import trained_with

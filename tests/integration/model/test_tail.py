@@ -36,7 +36,8 @@ from cache.store.space import find_space, read_info
 from configs import UserError
 from encode.sources.demo_drawings import DemoWorld, draw
 from model.inference import answer
-from model.io.saved_model import META, load_final
+from model.io.run_files import META
+from model.io.saved_model import load_final
 from model.tail import block_tensors
 from tests.support import trained_runs
 from tests.support.faults import garble

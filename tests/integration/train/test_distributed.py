@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, write_samples
-from model.io.saved_model import META
+from model.io.run_files import META
 from tests.integration.train.distributed_child import EXCHANGES, Scene, outcomes, run_scenes
 from tests.support import trained_runs
 from tests.support.spaces import tail_arrays, tail_of

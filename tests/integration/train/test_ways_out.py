@@ -40,7 +40,7 @@ from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train import metrics, run, training
 from train.data import tokens
-from train.stage import checkpoint, records, run_folder, setup
+from train.stage import checkpoint, files, records, run_folder, setup
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +132,7 @@ def test_after_a_nan_the_checkpoint_before_it_goes_on_with_lower_rates(
     learned = load_file(STAGE / "checkpoints" / "step-00000003" / checkpoint.MODEL)
     folder = goes_on(train, error)
     assert folder.parent.name == f"{NAME}-2"
-    start = load_file(folder / run_folder.START / saved_model.CONNECTOR)
+    start = load_file(folder / files.START / saved_model.CONNECTOR)
     for name, value in start.items():
         assert torch.equal(value, learned[f"connector.{name}"])
 
@@ -525,7 +525,7 @@ def test_samples_that_have_changed_start_another_run(
 
     assert interrupted(again)[0] == 130
     if change == "sample list lost":
-        (STAGE / run_folder.SAMPLES).unlink()
+        (STAGE / files.SAMPLES).unlink()
     elif change == "grown":
         trained_runs.make(world, 24)
     else:
@@ -540,5 +540,5 @@ def test_samples_that_have_changed_start_another_run(
     assert sorted(words) == sorted(printed(full_form))
     folder = goes_on(train, error)
     assert folder.parent.name == f"{NAME}-2"
-    facts = json.loads((folder / run_folder.RUN).read_text())
-    assert facts["origin"][1] == run_folder.START
+    facts = json.loads((folder / files.RUN).read_text())
+    assert facts["origin"][1] == files.START

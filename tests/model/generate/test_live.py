@@ -22,7 +22,9 @@ from configs import UserError
 from model.generate.__main__ import main
 from model.generate.live import live_features
 from model.inference import answer
-from model.io.saved_model import META, load_final, read_meta, save_final
+from model.io.run_files import META
+from model.io.runs import read_meta
+from model.io.saved_model import load_final, save_final
 from model.media.images import decode_image
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder

@@ -28,7 +28,8 @@ from cache.format.checksums import sealed_json
 from configs import UserError
 from model.io.base_model import POINTER, Base, final_base, language_base
 from model.io.run_files import META
-from model.io.saved_model import check_files, load_final, read_meta, save_final, saved_tokenizer
+from model.io.runs import read_meta
+from model.io.saved_model import check_files, load_final, save_final, saved_tokenizer
 from model.language.lora import (
     ADAPTER,
     ADAPTER_CONFIG,

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache.format.checksums import sealed_json
 from configs import UserError
 from model.io import saved_model
-from model.io.saved_model import find_run, load_final, read_meta, save_final
+from model.io.runs import find_run, read_meta
+from model.io.saved_model import load_final, save_final
 from model.language.chat_template import prompt_ids
 from model.language.model import load_language
 from model.language.tokenizer import encode_text, eos_ids

@@ -11,7 +11,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from configs import UserError
 from model.inference import Video
-from model.io.saved_model import read_meta
+from model.io.runs import read_meta
 from tests.support import trained_runs
 from train import run
 from train.data.features import feature_bytes, read_features

@@ -18,7 +18,8 @@ from cache.format.checksums import sealed_json
 from configs import UserError
 from model.export.card import find_card
 from model.generate import __main__ as generate
-from model.io.saved_model import load_final, read_meta
+from model.io.runs import read_meta
+from model.io.saved_model import load_final
 from tests.support import trained_runs
 from tests.support.faults import NO_FILES, in_time, put_in_place
 from tests.support.trained_runs import BASE

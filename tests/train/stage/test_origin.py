@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from configs import UserError
-from model.io.saved_model import META, load_final
+from model.io.run_files import META
+from model.io.saved_model import load_final
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE
 from train import run
