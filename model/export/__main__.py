@@ -19,10 +19,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import configs
+from configs import UserError
 from configs.text import say
 from model.export.options import Options
+from model.export.push import check_push
 from model.io.runs import find_run
 
 PROG = "python -m model.export"
@@ -34,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export a model; return the exit code."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    find_run(options.run, options.stage)
+    source = check(options)
     # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
     from model.export.compare import MismatchError
     from model.export.exporter import export
 
     try:
-        export(options)
+        export(source, options)
     except MismatchError as error:
         say(
             f"error: not exported, because the folder is not the trained model: {error}",
@@ -48,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return FAILED
     return 0
+
+
+def check(options: Options) -> Path:
+    """Return the folder of the run.
+
+    Raises:
+        UserError: there is no such run, the place has something, or nothing could be pushed.
+    """
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"--out {out}: exists and is not an empty folder; choose another: --out DIR"
+        )
+    if options.push is not None:
+        check_push(options.push)
+    elif options.public:
+        raise UserError("--public needs the name of a repository: --push ORG/NAME --public")
+    return find_run(options.run, options.stage)
 
 
 if __name__ == "__main__":

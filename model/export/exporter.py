@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from cache.format.spec import FeatureSpec
-from configs import UserError
 from configs.console import bytes_text
 from configs.text import say
 from model.export.card import decode_note, find_card, frames_note, model_card, own_class_note
@@ -27,33 +26,28 @@ from model.export.folder import WEIGHTS, check_exportable, write_folder
 from model.export.gguf import check_gguf, write_gguf
 from model.export.mmproj import image_note, tower_note
 from model.export.options import Options
-from model.export.push import check_push, push
+from model.export.push import push
 from model.export.towers import ExportedTower, export_tower, with_tail
-from model.io.runs import find_run, read_meta
+from model.io.runs import read_meta
 from model.io.saved_model import load_final
 from model.language.folder_template import attached
 from model.vision.encoder import rebuild_encoder
 from model.vlm import VLM
 
 
-def export(options: Options) -> Comparison:
+def export(source: Path, options: Options) -> Comparison:
     """Write the folder, compare it with our own model, and put it in its place.
 
+    Args:
+        source: the folder `final` of the run.
+        options: what to write beside it, and where.
+
     Raises:
-        UserError: the run, the encoder's weights or the place cannot be used, or the model is of a kind that
-            cannot be exported.
+        UserError: the run or the encoder's weights cannot be used, or the model is of a kind that cannot be
+            exported.
         MismatchError: the exported model is not the trained one.
     """
     out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--out {out}: exists and is not an empty folder; choose another: --out DIR"
-        )
-    if options.push is not None:
-        check_push(options.push)
-    elif options.public:
-        raise UserError("--public needs the name of a repository: --push ORG/NAME --public")
-    source = find_run(options.run, options.stage)
     meta = read_meta(source)
     stored = FeatureSpec.from_json(meta["space"]["spec"])
     check_exportable(stored)

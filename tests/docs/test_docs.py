@@ -170,7 +170,7 @@ UNKNOWN = {"DIR", "NAME", "PATH", "RUN", "N", "FILE"}
 """What stands in a message for a value that cannot be known there."""
 
 NO_FEATURES = {
-    "model/io/saved_model.py": "a model's folder does not know the cache",
+    "model/io/runs.py": "a model's folder does not know the cache",
     "train/stage/setup.py": "the user gave --features in the command that failed",
     "train/distributed/group.py": "only the start of the command",
 }

@@ -2,9 +2,10 @@
 
 python -m tests.support.faults FOLDER write       # FOLDER/cache is copied to FOLDER/0, FOLDER/1, ...
 
-One copy for each fault at each call, enumerated: a forked child does the work, and the fault strikes at its
-n-th call, n = 0, 1, ... until it ends before. Dying is `os._exit` just before the call: no cleanup of ours,
-as with `kill -9`. Prints a JSON line for each copy: its folder, the fault, the call it struck, how it ended.
+One copy for each fault at each call, enumerated. A process that dies just before a call, without any cleanup
+as with `kill -9`, leaves what is on disk then: so one undisturbed child copies its folder before each call.
+For every other fault a forked child does the work, and the fault strikes at its n-th call, n = 0, 1, ...
+Prints a JSON line for each copy: its folder, the fault, the call it struck, how it ended.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +69,7 @@ FAULTS: dict[str, tuple[int, tuple[str, ...], bool]] = {
 NEW = (11, 12, 13, 14, 15)
 """Images that `write` adds: a full shard and one more row."""
 
-FINISHED, REFUSED, ELSEWHERE, NEVER, DIED, WRONG = 0, 3, 7, 8, 9, 10
+FINISHED, REFUSED, NEVER, DIED, WRONG = 0, 3, 8, 9, 10
 
 
 NO_FILES = ("a FIFO", "a socket", "a device", "a folder", "a link to itself", "a dangling link")
@@ -203,18 +205,29 @@ WORK = {"write": write, "repair": repair, "gc": collect, "merge": merge_other}
 
 
 class Fault:
-    """One fault, at the `at`-th call that changes something."""
+    """One fault, at the `at`-th call that changes something; or `kill`, at every call."""
 
-    def __init__(self, name: str, at: int, report: Path):
+    def __init__(self, name: str, at: int, report: Path, copy_of: Callable[[int], Path]):
+        """Prepare a fault.
+
+        Args:
+            name: of FAULTS.
+            at: the number of the call.
+            report: a file to which a JSON line is added.
+            copy_of: returns the folder of the copy that dies at a call, by its number.
+        """
         self.error, self.applies, self.stays = FAULTS[name]
-        self.name, self.at, self.report = name, at, report
+        self.name, self.at, self.report, self.copy_of = name, at, report, copy_of
+        self.lock, self.copying = threading.RLock(), False
         self.count = 0
         self.struck = ""
         self.said: list[str] = []
         self.real = {call: getattr(os, call) for call in CALLS}
         self.written: set[int] = set()  # files that are open for writing
 
-    def install(self) -> None:
+    def install(self, folder: Path) -> None:
+        """Let the calls of this process go through the fault; what it changes is in `folder`."""
+        self.folder = folder
         for call in CALLS:
             setattr(os, call, self._guarded(call))
         self._open = io.open
@@ -224,17 +237,21 @@ class Fault:
         real = self.real[call]
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            with self.lock:  # no other thread changes anything while a copy is made
+                return called(*args, **kwargs)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.copying:
+                return real(*args, **kwargs)
             if call == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return real(*args, **kwargs)
             if call == "close" and args[0] not in self.written:
                 return real(*args, **kwargs)
             here, self.count = self.count, self.count + 1
-            if here == self.at:
+            if self.name == "kill":
+                self._copy(here, call)
+            elif here == self.at:
                 self.struck = call
-                if call not in self.applies:
-                    os._exit(ELSEWHERE)
-                if self.name == "kill":
-                    self._leave(DIED)
             if call == "close":
                 self.written.discard(args[0])
             if here == self.at and call in WRITES and self.name.startswith("short"):
@@ -256,10 +273,19 @@ class Fault:
         half = data[: len(data) // 2]
         return self.real["pwrite"](fd, half, *offset) if offset else self.real["write"](fd, half)
 
-    def _leave(self, code: int) -> None:
-        with self._open(self.report, "w") as file:
-            json.dump({"call": self.struck, "said": self.said}, file)
-        os._exit(code)
+    def _copy(self, number: int, call: str) -> None:
+        """Copy what a process leaves that dies before this call."""
+        self.copying = True
+        copy = self.copy_of(number)
+        shutil.copytree(self.folder, copy)
+        self.tell(copy, call, DIED)
+        self.copying = False
+
+    def tell(self, copy: Path, call: str, code: int) -> None:
+        """Add a line to the report."""
+        values = {"folder": str(copy), "fault": self.name, "code": code, "call": call}
+        with self._open(self.report, "a") as file:
+            file.write(json.dumps({**values, "said": self.said}) + "\n")
 
     def _open_file(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if not set(mode) & set("wxa+"):
@@ -285,21 +311,24 @@ class _Raw(io.FileIO):
             os.close(self._own)
 
 
-def child(work: Callable[[CacheRoot, list[str]], None], copy: Path, fault: Fault) -> int:
-    """Do the work under the fault; how it ended."""
+def child(work: Callable[[CacheRoot, list[str]], None], folder: Path, fault: Fault) -> int:
+    """Do the work in `folder` under the fault; return how it ended."""
     locks.BEAT_S = 3600.0  # the calls of another thread would be counted too
-    fault.install()
+    fault.install(folder)
     code = FINISHED
     try:
-        work(CacheRoot(copy), fault.said)
+        work(CacheRoot(folder), fault.said)
     except (OSError, UserError, CacheError):
         code = REFUSED
     except BaseException:
         traceback.print_exc()
         code = WRONG
+    if fault.name == "kill":
+        return code
     if code == FINISHED and fault.count <= fault.at:
         return NEVER
-    fault._leave(code)
+    fault.copying = True
+    fault.tell(folder, fault.struck, code)
     return code
 
 
@@ -323,25 +352,30 @@ def main() -> None:
     """Every fault at every call."""
     folder, work = Path(sys.argv[1]), WORK[sys.argv[2]]
     faults = sys.argv[3].split("/") if len(sys.argv) > 3 else list(FAULTS)
-    number = 0
+    report = folder / "report.jsonl"
+
+    def strike(copy: Path, name: str, at: int) -> int:
+        shutil.copytree(folder / "cache", copy)
+        pid = os.fork()
+        if pid == 0:
+            fault = Fault(name, at, report, lambda number: folder / f"kill-{number}")
+            os._exit(child(work, copy, fault))
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    # Undisturbed; the copies are those of `kill`, and it says which call is which.
+    undisturbed = strike(folder / "undisturbed", "kill", -1)
+    assert undisturbed == FINISHED, undisturbed
+    calls = [json.loads(line)["call"] for line in report.read_text().splitlines()]
+    if "kill" in faults:
+        sys.stdout.write(report.read_text())
+    report.unlink()
     for name in faults:
-        at = 0
-        while True:
-            copy, report = folder / str(number), folder / f"{number}.json"
-            shutil.copytree(folder / "cache", copy)
-            pid = os.fork()
-            if pid == 0:
-                os._exit(child(work, copy, Fault(name, at, report)))
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if code in (ELSEWHERE, NEVER):
-                shutil.rmtree(copy)
-            else:
-                values = {"folder": str(copy), "fault": name, "code": code}
-                print(json.dumps({**values, **json.loads(report.read_text())}))
-                number += 1
-            if code == NEVER:
-                break
-            at += 1
+        for at, call in enumerate(calls):
+            if name != "kill" and call in FAULTS[name][1]:
+                code = strike(folder / f"{name}-{at}", name, at)
+                assert code in (FINISHED, REFUSED, NEVER, WRONG), (name, at, code)
+    if report.exists():
+        sys.stdout.write(report.read_text())
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from tests.benchmarks.train.models import Scale
 from tests.benchmarks.train.ranks import Fed, Feed
 from tests.gpu.worlds import World
 from train.config import Options as TrainOptions
-from train.run import REMOTE_AHEAD, REMOTE_THREADS
+from train.training import REMOTE_AHEAD, REMOTE_THREADS
 
 LATENCY_S = 0.03
 """Seconds before each answer of the remote server."""

@@ -13,6 +13,7 @@ import pytest
 
 from model.export.exporter import export
 from model.export.options import Options
+from model.io.runs import find_run
 from model.io.saved_model import save_final
 from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder
@@ -39,6 +40,6 @@ def test_real_sizes(soak: Callable[[int, int], int], tmp_path: Path) -> None:
         save_final(tmp_path / encoder / "stage1/final", vlm, tokenizer, meta)
         del vlm, eyes
         options = Options(run=str(tmp_path / encoder), out=tmp_path / f"{encoder}-exported")
-        found = export(options)
+        found = export(find_run(options.run), options)
         print(f"{encoder}, {llm}, {connector}: {dataclasses.asdict(found)}")
         assert found.logits <= 1e-4 and found.tokens > 0

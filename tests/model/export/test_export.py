@@ -344,9 +344,10 @@ def test_a_tensor_that_is_missing_is_noticed(
     monkeypatch.setattr(folder, "save_file", cut)
     from model.export.exporter import export
     from model.export.options import Options
+    from model.io.runs import find_run
 
     with pytest.raises(MismatchError, match=r"missing_keys: model\.multi_modal_projector"):
-        export(Options(run=str(run), out=tmp_path / "out"))
+        export(find_run(str(run)), Options(out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
