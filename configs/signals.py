@@ -6,7 +6,7 @@
 
 A command imports for seconds before its `main` is called, and Python would answer Ctrl-C with a traceback of
 those imports. So each of our packages imports this module first, which calls `end_quietly`; `configs.command`
-calls `restore`.
+calls `restore`. What a `main` imports later, because it takes seconds, it imports in `importing`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,27 @@ def restore() -> bool:
         return False
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return True
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """End the process quietly on Ctrl-C while the block imports, if one of our commands runs in it.
+
+    `main` reads the command line first, and then imports what computes: torch and transformers take 5 to 9
+    seconds, which help, a mistyped option or an unknown run do not wait for.
+    """
+    if runs_command():
+        end_quietly(always=True)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def runs_command() -> bool:
+    """Whether the main module of this process is one of our commands."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name.partition(".")[0] in PACKAGES
 
 
 def started_as_command() -> bool:

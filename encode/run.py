@@ -42,6 +42,7 @@ from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from configs.command_line import CommandLine
 from configs.hardware import keep_memory
+from configs.signals import Interrupts, importing
 from encode.datasets import Reading, listing, parts, read_datasets
 from encode.download.config import DownloadConfig
 from encode.driver.cluster import LOCAL, cluster_address
@@ -263,10 +264,9 @@ def encode(
 
     spin_briefly()
     keep_memory()
-    # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
-    from configs.signals import Interrupts
-    from encode.driver.resources import choose_layout
-    from encode.job import Job
+    with importing():
+        from encode.driver.resources import choose_layout
+        from encode.job import Job
 
     job = Job(
         root,

@@ -22,7 +22,7 @@ from functools import partial
 
 import configs
 from cache.errors import CacheError
-from configs.signals import orderly_sigterm
+from configs.signals import importing, orderly_sigterm
 from train.config import SELECTORS, Options, preset
 
 PROG = "python -m train.run"
@@ -42,13 +42,13 @@ def main(argv: Sequence[str] | None = None, *, flush_denormal: bool = False) -> 
         words = words[1:]
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     options = read_options(words) if alone else None
-    # Here, because torch and transformers take seconds to load, which help and a mistyped option need not.
-    import torch
+    with importing():
+        import torch
 
-    if flush_denormal:
-        torch.set_flush_denormal(True)  # torch's threads inherit it, and have not started yet
-    from train import training
-    from train.distributed.group import process_group
+        if flush_denormal:
+            torch.set_flush_denormal(True)  # torch's threads inherit it, and have not started yet
+        from train import training
+        from train.distributed.group import process_group
 
     with orderly_sigterm(), process_group() as group:
         level = logging.INFO if group.is_main else logging.ERROR

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import configs
 from cache.errors import CacheError
+from configs.signals import importing
 from configs.text import say
 from model.io.runs import find_run
 
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if the losses differ."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     find_run(options.run)
-    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
-    from encode.check.losses import compare
+    with importing():
+        from encode.check.losses import compare
 
     result = compare(**vars(options))
     agree = result.difference <= TOLERANCE

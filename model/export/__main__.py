@@ -23,6 +23,7 @@ from pathlib import Path
 
 import configs
 from configs import UserError
+from configs.signals import importing
 from configs.text import say
 from model.export.options import Options
 from model.export.push import check_push
@@ -38,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     source = check(options)
-    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
-    from model.export.compare import MismatchError
-    from model.export.exporter import export
+    with importing():
+        from model.export.compare import MismatchError
+        from model.export.exporter import export
 
     try:
         export(source, options)

@@ -22,6 +22,7 @@ import logging
 from collections.abc import Sequence
 
 import configs
+from configs.signals import importing
 from model.generate.options import Options
 from model.io.runs import find_run
 
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     find_run(options.run, options.stage)
-    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
-    from model.generate.live import generate
+    with importing():
+        from model.generate.live import generate
 
     print(generate(options))  # the guard of standard output escapes what is in an answer
     return 0

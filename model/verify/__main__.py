@@ -17,6 +17,7 @@ import logging
 from collections.abc import Sequence
 
 import configs
+from configs.signals import importing
 from model.verify.options import Options
 
 PROG = "python -m model.verify"
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; return the exit code."""
     options = configs.parse(Options, argv, prog=PROG)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Here, because torch takes seconds to load, which help and a mistyped option need not.
-    from model.verify.report import report
+    with importing():
+        from model.verify.report import report
 
     return report(options)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from PIL import Image
 
 import configs
 from cache.errors import CacheError, NotFoundError
@@ -340,7 +341,17 @@ def test_ctrl_c_while_a_command_imports(module: str, tmp_path: Path) -> None:
 def test_ctrl_c_later(tmp_path: Path) -> None:
     """Imports of `main` itself, of a heavy library, and of a program that has our packages as a library."""
     assert press_ctrl_c(tmp_path, "tyro", "-m", "cache.ls") == (130, "interrupted\n")
-    assert press_ctrl_c(tmp_path, "torch", "-m", "train.run") == (130, "interrupted\n")
+    photo = tmp_path / "photos" / "red.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8), "red").save(photo)
+    for words in (
+        ["train.run"],
+        ["model.verify"],
+        ["encode.run", "--dataset", f"folder:{photo.parent}", "--encoder", "demo"],
+    ):
+        assert press_ctrl_c(tmp_path, "torch", "-m", *words) == (130, "interrupted\n"), words
+    code = "from train.run import main; main()"  # somebody's program
+    assert "KeyboardInterrupt" in press_ctrl_c(tmp_path, "torch", "-c", code)[1]
     for package in ("cache.store.reader", "train", "encode", "model", "configs"):
         code, error = press_ctrl_c(tmp_path, "late", "-c", f"import {package}; import late")
         assert code == -signal.SIGINT and "KeyboardInterrupt" in error

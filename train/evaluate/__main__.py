@@ -21,6 +21,7 @@ from dataclasses import asdict
 
 import configs
 from cache.errors import CacheError
+from configs.signals import importing
 from configs.text import json_text
 from model.io.runs import find_run
 from train.evaluate.options import Options
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     find_run(options.run, options.stage)
-    # Here, because torch takes seconds to load, which help and a mistyped option or run need not.
-    from train.evaluate.evaluation import evaluate
+    with importing():
+        from train.evaluate.evaluation import evaluate
 
     result = evaluate(options)
     summary = {k: v for k, v in asdict(result).items() if k != "answers"}

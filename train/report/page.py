@@ -17,6 +17,7 @@ from cache.view import page
 from cache.view.charts import Line, bar, finite, line_chart, smoothed
 from configs import MOST_YAML
 from configs.console import bytes_text, duration_text
+from configs.signals import importing
 from configs.text import say
 from model.io.run_files import read_bytes
 from model.io.runs import find_run, read_meta
@@ -73,7 +74,8 @@ def evaluated(final: Path, options: Options) -> Evaluation:
             return result
     shared = ("features", "split", "device", "mirror", "mirror_gb", "allow_private")
     values: dict[str, Any] = {name: getattr(options, name) for name in shared}
-    from train.evaluate.evaluation import evaluate  # here, because torch takes seconds to load
+    with importing():
+        from train.evaluate.evaluation import evaluate
 
     return evaluate(EvaluateOptions(run=str(final), **values))
 
