@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from configs import UserError, one_line
 from encode.driver.cluster import Proof
-from encode.driver.resources import CORES_PER_WORKER, MAX_THREADS, WorkerLayout
+from encode.driver.resources import CORES_PER_WORKER, WorkerLayout, decode_threads
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 
@@ -180,7 +180,7 @@ class NodeLayouts:
         return WorkerLayout(
             workers=workers,
             gpus=int(self.gpus),
-            threads=self.threads or max(2, min(MAX_THREADS, share)),
+            threads=self.threads or decode_threads(share),
             torch_threads=share,
             decode_apart=self.decode_apart,
         )

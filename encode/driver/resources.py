@@ -25,7 +25,7 @@ CORES_PER_WORKER = 8
 """Cores that a worker on a CPU gets: one forward pass gains little from more threads."""
 
 MAX_THREADS = 16
-"""Reading threads of one worker, at most, and as many decoding threads."""
+"""Cores of one worker, at most, for which it has reading threads, and as many decoding threads."""
 
 GPU_BATCHES = 16
 """Batches that are encoded on a GPU to measure it."""
@@ -106,11 +106,20 @@ def choose_layout(
     return WorkerLayout(
         workers=count,
         gpus=1 if available and count else 0,
-        threads=threads or max(2, min(MAX_THREADS, share)),
+        threads=threads or decode_threads(share),
         # torch has one thread for each physical core, or OMP_NUM_THREADS.
         torch_threads=max(1, torch.get_num_threads() // max(1, count)),
         decode_apart=seconds >= DECODE_APART_S,
     )
+
+
+def decode_threads(cores_of_worker: int) -> int:
+    """Return the decoding threads of a worker, one more than its cores: some wait for the next file.
+
+    With as many as cores, two cores decoded 69 images/s beside a GPU, with one more 82 (docs/BENCHMARKS.md,
+    2026-11-27).
+    """
+    return min(MAX_THREADS, cores_of_worker) + 1
 
 
 def starts_ray(workers: int | Literal["auto"], seconds: float) -> bool:

@@ -53,8 +53,8 @@ def test_workers_are_dealt_over_the_nodes(workers: Any, gpus: bool, counts: dict
 def test_threads_are_those_of_the_nodes_cores() -> None:
     layouts = NodeLayouts("auto", None, gpus=True)
     one = layouts.layout(NODES[2], 8)
-    assert (one.workers, one.gpus, one.threads, one.torch_threads) == (8, 1, 8, 8)
-    assert layouts.layout(NODES[1], 1).threads == 16
+    assert (one.workers, one.gpus, one.threads, one.torch_threads) == (8, 1, 9, 8)
+    assert layouts.layout(NODES[1], 1).threads == 17
     assert NodeLayouts(2, 3, gpus=False).layout(NODES[3], 1).threads == 3
     assert NodeLayouts("auto", None, gpus=False).layout(NODES[3], 1).gpus == 0
 

@@ -50,7 +50,7 @@ def test_workers_and_threads_follow_from_cores_gpus_and_seconds(
     small, large = layout("auto", None, 5.0), layout("auto", None, 5000.0)
     assert (small.workers, small.torch_threads, small.decode_apart) == (0, 16, False)
     assert large.decode_apart and layout("auto", None, 20.0).decode_apart
-    assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
+    assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 9)
     assert layout(5, 3, 1.0).threads == 3
     assert layout(5, None, 1.0).torch_threads == 3
     for one in ("cuda:1", "mps"):
@@ -58,6 +58,6 @@ def test_workers_and_threads_follow_from_cores_gpus_and_seconds(
         assert (alone.workers, alone.gpus) == (1, 0)
     monkeypatch.setattr(resources, "gpus", lambda device: 4)
     four = layout("auto", None, 5000.0)
-    assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
+    assert (four.workers, four.gpus, four.threads) == (4, 1, 5)
     with pytest.raises(UserError, match="each worker needs a GPU, and there are 4"):
         layout(5, None, 5000.0)
