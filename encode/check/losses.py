@@ -93,25 +93,25 @@ def compare(
     counted, taken, rows, same = 0.0, 0, 0, 0
     with MediaLoader(find_space(root, meta["space"]["name"]), config) as loader:
         spec = loader.reader.spec
-        for sample, its in islice(_samples(root, loader), samples):
-            computed = [loader.encoder.encode(one.pixels, one.array) for one in its]
+        for sample, items in islice(_samples(root, loader), samples):
+            computed = [loader.encoder.encode(one.pixels, one.array) for one in items]
             packed = [pack(one, spec.codec).rows.cpu() for one in computed]
-            stored = [one.rows for one in its]
+            stored = [one.rows for one in items]
             taken += 1
             rows += sum(map(len, stored))
             same += sum(int((a == b).all(1).sum()) for a, b in zip(stored, packed, strict=True))
             unpacked = [
                 [
                     unpack(one, spec.codec, spec.tokens(item.array), spec.width)
-                    for one, item in zip(of, its, strict=True)
+                    for one, item in zip(of, items, strict=True)
                 ]
                 for of in (stored, packed)
             ]
-            batch = sample_batch(tokenizer, sample, its, spec.seen)
+            batch = sample_batch(tokenizer, sample, items, spec.seen)
             for i, given in enumerate((*unpacked, [one.cpu() for one in computed])):
                 with torch.inference_mode():
                     if vlm.tail is not None:
-                        pairs = zip(given, its, strict=True)
+                        pairs = zip(given, items, strict=True)
                         given = [vlm.tail.see(one, item.array) for one, item in pairs]
                     values = torch.cat([one.flatten(0, 1) for one in given])
                     total, weight = vlm.loss(batch, values)
@@ -168,7 +168,7 @@ def _can_be_learned(sample: Sample) -> bool:
 def sample_batch(
     tokenizer: Any, sample: Sample, media: Sequence[LoadedMedia], spec: FeatureSpec
 ) -> PackedBatch:
-    """Return one sample as a batch of its own, with every token it has."""
+    """Return one sample as a batch of items own, with every token it has."""
     messages: list[Message] = [(m.role, m.content, m.weight) for m in sample.messages]
     text = tokenize_messages(tokenizer, messages, len(media))
     image = image_id(tokenizer)

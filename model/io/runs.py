@@ -3,7 +3,7 @@
     final = find_run("default")             # runs/default/stage2/final
     meta = read_meta(final)                 # nanomolmo2.json, checked
 
-Somebody else may have made a run: what it says is bounded, typed, and never a path outside it.
+Somebody else may have made a run: links are refused, and what its files say is bounded and typed.
 """
 
 from __future__ import annotations
