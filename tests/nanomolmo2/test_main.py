@@ -33,8 +33,17 @@ def test_every_command_has_a_name_and_a_line(capsys: pytest.CaptureFixture[str])
 
 ASK = """
 import contextlib, io, runpy, sys
-for module in sys.argv[1:]:
-    for words in ["--help"], ["--no-such-option", "1"]:
+runs = {
+    "train.compare": ["none", "nothing"],
+    "model.generate": ["--prompt", "What?", "--run", "nothing"],
+    **dict.fromkeys(
+        ["train.evaluate", "train.report", "model.export", "encode.check.loss"], ["--run", "nothing"]
+    ),
+}
+modules = sys.argv[1:]
+assert set(runs) < set(modules)
+for module in modules:
+    for words in ["--help"], ["--no-such-option", "1"], runs.get(module, ["--help"]):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             try:
                 sys.argv[:] = [module, *words]
@@ -44,10 +53,11 @@ for module in sys.argv[1:]:
         loaded = {"torch", "transformers", "open_clip", "ray"} & set(sys.modules)
         assert not loaded, f"{module} {words[0]} loads {loaded}"
         assert code == (2 if words[1:] else 0), f"{module} {words[0]}: {code}, {said.getvalue()}"
+        assert words is not runs.get(module) or "error: no run no" in said.getvalue(), said.getvalue()
 """
 
 
-def test_help_and_a_mistyped_option_take_no_seconds() -> None:
+def test_help_a_mistyped_option_and_an_unknown_run_take_no_seconds() -> None:
     """Torch and transformers take 5 to 9 of them to load."""
     words = [sys.executable, "-c", ASK, *COMMANDS.values()]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
