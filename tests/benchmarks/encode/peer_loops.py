@@ -1,8 +1,8 @@
 """One other library that encodes photographs, in a process of its own: `peers.py` starts this script.
 
 The first argument names a function. Without input it imports the library alone; exit code 3: not installed.
-With a job as JSON on standard input it encodes the short and the long list of photographs, and prints
-{"short": seconds, "long": seconds}. Imports and the loading of the tower do not count.
+With a job as JSON on standard input it encodes the first, the short and the long list of photographs, and
+prints {"first": seconds, "short": seconds, "long": seconds}. Imports and loading the tower do not count.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def main() -> None:
     job = json.loads(text)
     run = peer(job["encoder"])
     taken = {}
-    for name in ("short", "long"):
+    for name in ("first", "short", "long"):
         folder = Path(job["folder"]) / f"{sys.argv[1]}-{name}"
         folder.mkdir(parents=True)
         started = time.perf_counter()
