@@ -19,11 +19,14 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import configs
 from cache.errors import CacheError
+from cache.store.paths import CacheRoot, is_url
+from cache.store.space import find_space
 from configs.signals import importing, orderly_sigterm
-from train.config import SELECTORS, Options, preset
+from train.config import SELECTORS, Options, preset, stage_folder
 
 PROG = "python -m train.run"
 
@@ -41,7 +44,10 @@ def main(argv: Sequence[str] | None = None, *, flush_denormal: bool = False) -> 
     if words[:1] == ["--"]:  # ends torchrun's own options; some versions of Python pass it on
         words = words[1:]
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    options = read_options(words) if alone else None
+    options = None
+    if alone:
+        options = read_options(words)
+        check_cache(options)
     with importing():
         import torch
 
@@ -64,6 +70,19 @@ def read_options(words: Sequence[str]) -> Options:
     return configs.parse(
         Options, words, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
     )
+
+
+def check_cache(options: Options) -> None:
+    """Look for the space of a new stage before torch is imported, which takes seconds.
+
+    Raises:
+        CacheError: there is none, or there are several and no `--space`.
+    """
+    # A stage that has begun has its own options, and one that is finished needs no cache.
+    begun = options.resume or stage_folder(options.run, options.stage).exists()
+    # `training.run` knows what to say about a remote cache, and where the tower of a LLaVA is.
+    if not (begun or options.from_ or is_url(options.features)):
+        find_space(CacheRoot(Path(options.features)), options.space)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,24 @@ def test_the_encode_benchmark_measures_jobs_beside_their_parts(
     found_here = peers.available(photos, bound.CHEAP)
     missing = "clip-retrieval: not installed (No module named 'clip_retrieval')\n"
     assert capsys.readouterr().out == ("" if found_here else missing)
+
+
+def test_ours_and_a_peer_take_turns_to_be_first() -> None:
+    order: list[str] = []
+
+    def work(name: str, *seconds: float) -> Callable[[], Speed]:
+        left = iter(seconds)
+
+        def measure() -> Speed:
+            order.append(name)
+            return Speed(image_s=next(left), start_s=0.0)
+
+        return measure
+
+    pair = bound.Pair(work("ours", 1.0, 2.0), work("theirs", 1.5, 4.0))
+    assert [pair.measure().image_s for _ in range(2)] == [1.5, 4.0]
+    assert order == ["ours", "theirs", "theirs", "ours"]
+    assert pair.ratios == [1.5, 2.0]
 
 
 class SlowReader(FeatureReader):
