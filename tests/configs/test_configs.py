@@ -340,6 +340,10 @@ def press_ctrl_c(
     return done.returncode, done.stderr
 
 
+REMOTE = "https://example.org/cache"
+"""Where `train.run` looks after its imports; a folder without a cache is reported before."""
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_ctrl_c_while_a_command_imports(module: str, tmp_path: Path) -> None:
     assert press_ctrl_c(tmp_path, "yaml", "-m", module) == (130, "interrupted\n")
@@ -352,13 +356,13 @@ def test_ctrl_c_later(tmp_path: Path) -> None:
     photo.parent.mkdir()
     Image.new("RGB", (8, 8), "red").save(photo)
     for words in (
-        ["train.run"],
+        ["train.run", "--features", REMOTE],
         ["model.verify"],
         ["encode.run", "--dataset", f"folder:{photo.parent}", "--encoder", "demo"],
     ):
         found = press_ctrl_c(tmp_path, "torch", "-m", *words, swallowed=True)
         assert found == (130, "interrupted\n"), words
-    code = "from train.run import main; main()"  # somebody's program
+    code = f"from train.run import main; main(['--features', '{REMOTE}'])"  # somebody's program
     assert "KeyboardInterrupt" in press_ctrl_c(tmp_path, "torch", "-c", code)[1]
     for package in ("cache.store.reader", "train", "encode", "model", "configs"):
         code, error = press_ctrl_c(tmp_path, "late", "-c", f"import {package}; import late")
