@@ -168,7 +168,7 @@ def _can_be_learned(sample: Sample) -> bool:
 def sample_batch(
     tokenizer: Any, sample: Sample, media: Sequence[LoadedMedia], spec: FeatureSpec
 ) -> PackedBatch:
-    """Return one sample as a batch of items own, with every token it has."""
+    """Return one sample as a batch of its own, with every token it has."""
     messages: list[Message] = [(m.role, m.content, m.weight) for m in sample.messages]
     text = tokenize_messages(tokenizer, messages, len(media))
     image = image_id(tokenizer)

@@ -5,7 +5,9 @@ python -m tests.benchmarks.store --rows 40 --rounds 3
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -186,6 +188,24 @@ def test_ours_and_a_peer_take_turns_to_be_first() -> None:
     assert [pair.measure().image_s for _ in range(2)] == [1.5, 4.0]
     assert order == ["ours", "theirs", "theirs", "ours"]
     assert pair.ratios == [1.5, 2.0]
+
+
+def test_a_peer_encodes_a_batch_before_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = Photos.of(tmp_path / "jobs", make_photos(tmp_path / "photos", 12, largest=420), 9, 12)
+    jobs: list[dict[str, Any]] = []
+
+    def run(peer: str, job: str) -> subprocess.CompletedProcess[str]:
+        jobs.append(json.loads(job))
+        took = json.dumps({"first": 11.0, "short": 10.0, "long": 13.0})
+        return subprocess.CompletedProcess([peer], 0, f"a library's own line\n{took}\n", "")
+
+    monkeypatch.setattr(peers, "_run", run)
+    speed = peers.measure("dataloader", photos, bound.CHEAP)
+    assert speed == Speed(image_s=1.0, start_s=3.0)  # of 11 s, eight images took one each
+    assert [len(jobs[0][name]) for name in ("first", "short", "long")] == [8, 9, 12]
+    assert jobs[0]["first"] == jobs[0]["short"][:8]
 
 
 class SlowReader(FeatureReader):

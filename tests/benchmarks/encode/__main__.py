@@ -1,6 +1,6 @@
 """Encode jobs beside what the machine allows, and beside other libraries.
 
-python -m tests.benchmarks.encode                 # 20 to 60 minutes on 2 free cores; 3 GB of disk, memory
+python -m tests.benchmarks.encode                 # about an hour on 2 free cores; 3 GB of disk, memory
 python -m tests.benchmarks.encode --only cheap    # or: vit-l, gpu, conversion
 python -m tests.benchmarks.encode --small         # the same code, tiny: figures mean nothing
 
