@@ -1,7 +1,7 @@
 """Decode media in a process of its own, where a decoder crashes, hangs and holds Python's lock alone.
 
-    Setup, then for each media item:  Load (and its bytes)  ->  Needs        how much memory it takes
-                                                            or  Picture      it took little: it is decoded
+    Setup, then for small images:     LoadImages (and bytes) -> Pictures     pixels in the slots, in order
+    for another media item:           Load (and its bytes)  ->  Needs        how much memory it takes
                                       DecodeImage           ->  Picture      its pixels are in slot 0
                                       ReadSize              ->  Picture      no pixels
                                       Probe                 ->  Found        of a video
@@ -24,7 +24,10 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -37,8 +40,9 @@ from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
 from model.media.video_open import open_video
 
-SLOTS = 2
-"""Inputs that fit into the shared memory: a frame is copied out of it while the next one is decoded."""
+SLOTS = 4
+"""Inputs that fit into the shared memory: small images that are sent together, or a video's frames, of which
+some are copied out of it while the next one is decoded."""
 
 MAX_MESSAGE = 1 << 20
 """Bytes of a message, at most. Paths and reasons are the longest parts."""
@@ -51,6 +55,8 @@ VIDEO_BYTES_A_PIXEL = 60
 threads work on, and the copies that become an image."""
 
 _SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+A = TypeVar("A")
 
 
 class Setup(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -73,8 +79,15 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     kind: str
     nbytes: int = 0
     path: bytes | None = None
-    at_once: int = 0
-    """Decode an image straight away, as by DecodeImage, if that takes at most so many bytes of memory."""
+
+
+class LoadImages(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """At most SLOTS images, whose bytes follow the message; each is decoded if that takes little memory."""
+
+    sizes: tuple[int, ...]
+    """Bytes of each."""
+    at_once: int
+    """Memory that decoding one may take, bytes."""
 
 
 class DecodeImage(msgspec.Struct, tag=True, frozen=True):
@@ -155,8 +168,15 @@ class Broken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     error: str
 
 
-Request = Setup | Load | DecodeImage | ReadSize | Probe | TakeFrames | Copied
-Answer = Ready | Needs | Picture | Found | FrameReady | Over | Progress | Bad | Broken
+class Pictures(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What became of each image of LoadImages."""
+
+    found: tuple[Picture | Needs | Bad | Broken, ...]
+    """`Needs` of one that is not decoded, and forgotten: it is to be sent alone."""
+
+
+Request = Setup | Load | LoadImages | DecodeImage | ReadSize | Probe | TakeFrames | Copied
+Answer = Ready | Needs | Picture | Pictures | Found | FrameReady | Over | Progress | Bad | Broken
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
@@ -177,11 +197,11 @@ class Channel:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, micros))
 
-    def send(self, message: Request | Answer, data: bytes = b"", timeout_s: float = 0.0) -> None:
+    def send(self, message: Request | Answer, *data: bytes, timeout_s: float = 0.0) -> None:
         """Send a message, and bytes behind it; give up when nothing has been taken for `timeout_s`."""
         # One call: each lets go of Python's lock, for which the worker's other threads wait.
         text = msgspec.msgpack.encode(message)
-        left = [memoryview(len(text).to_bytes(4, "big") + text), memoryview(data)]
+        left = [memoryview(len(text).to_bytes(4, "big") + text), *(memoryview(one) for one in data)]
         since = time.monotonic()
         while left:
             try:
@@ -276,22 +296,28 @@ class Server:
         while True:
             request = self._channel.request()
             self._sent_s = time.monotonic()
-            try:
-                answer = self._answer(request)
-            except BadMediaError as error:
-                answer = Bad(reason=error.reason, stage=error.stage)
-            except GoneError:
-                raise
-            except Exception as error:
-                text = " ".join(str(error).split())[:200]
-                answer = Broken(error=f"{type(error).__name__}: {text}")
+            answer = self._try(partial(self._answer, request))
             if answer is not None:
                 self._channel.send(answer)
+
+    def _try(self, step: Callable[[], A]) -> A | Bad | Broken:
+        """Return what `step` returns, or the answer that tells its error."""
+        try:
+            return step()
+        except BadMediaError as error:
+            return Bad(reason=error.reason, stage=error.stage)
+        except GoneError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            return Broken(error=f"{type(error).__name__}: {text}")
 
     def _answer(self, request: Request) -> Answer | None:
         match request:
             case Load():
                 return self._load(request)
+            case LoadImages():
+                return self._images(request)
             case DecodeImage():
                 return self._image()
             case ReadSize():
@@ -314,18 +340,36 @@ class Server:
             self._data = Path(os.fsdecode(request.path))
         else:
             self._data = self._channel.data(request.nbytes)
-        try:
-            needed = needed_bytes(self._kind, self._data)
-        except Exception:  # decoding reports what is wrong
-            needed = 0
-        at_once = self._kind == "image" and needed <= request.at_once > 0
-        return self._image() if at_once else Needs(nbytes=needed)
+        return self._needs()
 
-    def _image(self) -> Answer:
+    def _images(self, request: LoadImages) -> Pictures:
+        assert len(request.sizes) <= SLOTS, request
+        # All are taken before one is decoded: the other side waits until they are.
+        images = [self._channel.data(size) for size in request.sizes]
+        self._kind, self._info = "image", None
+        found: list[Picture | Needs | Bad | Broken] = []
+        for slot, data in enumerate(images):
+            self._data = data
+            needs = self._needs()
+            if needs.nbytes <= request.at_once:
+                found.append(self._try(partial(self._image, slot)))
+            else:
+                found.append(needs)
+            self._progress()
+        self._data = b""
+        return Pictures(found=tuple(found))
+
+    def _needs(self) -> Needs:
+        try:
+            return Needs(nbytes=needed_bytes(self._kind, self._data))
+        except Exception:  # decoding reports what is wrong
+            return Needs(nbytes=0)
+
+    def _image(self, slot: int = 0) -> Picture:
         assert isinstance(self._data, bytes), "images are sent whole"
         data, self._data = self._data, b""  # its memory is given back with its turn
         decoded = self._setup.fit.decode(data)
-        self._put(0, decoded)
+        self._put(slot, decoded)
         width, height = decoded.size
         return Picture(width=width, height=height, note=decoded.note)
 

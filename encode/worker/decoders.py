@@ -1,9 +1,10 @@
 """What a decoding thread of the prefetcher decodes with: itself, or a process (process_decoder.py).
 
     decoder.take(item)
-    decoder.needed()        bytes of memory that decoding takes, by the header; a process may decode at once
+    decoder.needed()        bytes of memory that decoding takes, by the header
     decoder.image()         pixels, size and note of an image; size() reads its header alone
     decoder.probe()         length and size of a video; then frames(...), one after the other
+    decoder.images(items)   small images together, of processes alone
 
 Both give equal pixels. Threads take no time to start, but wait for each other's Python code: at most some
 hundred images a second, whatever the number of cores. A process that crashes or hangs on a media item is
@@ -75,15 +76,27 @@ class Decoder(ABC):
         """Decode this item from now on."""
         self.item, self.touch = item, lambda: None
 
+    def images(
+        self,
+        items: Sequence[MediaItem],
+        at_once: int,  # noqa: ARG002
+    ) -> list[Decoded | Exception | None]:
+        """Decode small images together, if that is faster than one by one.
+
+        Args:
+            items: at most SLOTS images, with their bytes.
+            at_once: memory that decoding one may take, bytes.
+
+        Returns:
+            of each what `image` would return, or its error; None: take it alone.
+        """
+        return [None] * len(items)
+
     @abstractmethod
-    def needed(self, at_once: int = 0) -> int:
+    def needed(self) -> int:
         """Return the memory that decoding takes, bytes, estimated from the header; 0 if that is damaged.
 
         Called first for each item.
-
-        Args:
-            at_once: an image that takes at most so many bytes may be decoded straight away: `image` follows,
-                and 0 is returned if it has been. A process is asked once then, and not twice.
         """
 
     @abstractmethod
@@ -118,7 +131,7 @@ class ThreadDecoder(Decoder):
         self._decode, self._prepare = decode, prepare
         self._info: VideoInfo | None = None
 
-    def needed(self, at_once: int = 0) -> int:  # noqa: ARG002  it does not have to be asked
+    def needed(self) -> int:
         """Return the memory that decoding takes."""
         try:
             return needed_bytes(self.item.task.kind, self.item.data)

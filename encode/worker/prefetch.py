@@ -5,21 +5,23 @@
 
 Files are delivered in the order they were put in, downloads in the order they arrive. A failed source is
 delivered without being decoded. A video is delivered frame by frame, so memory holds a few batches of
-frames, however long the video is. A thread decodes itself, or lets a process of its own decode.
+frames, however long the video is. A thread decodes itself, or lets a process of its own decode: small images
+in bunches then, since a thread that is woken costs as much as Python's work on an image.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
@@ -29,8 +31,9 @@ from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_budget import DecodeBudget
 from encode.worker.decode_log import DecodeLog
-from encode.worker.decode_process import Setup
+from encode.worker.decode_process import SLOTS, Setup
 from encode.worker.decoders import (
+    Decoded,
     Decoder,
     Decoders,
     ThreadDecoder,
@@ -45,6 +48,10 @@ from model.media.images import BadMediaError, DecodedImage, Failure
 
 READ_GROUP = 16
 """Sources that are read, and then reserved with one call to the driver, at a time."""
+
+BUNCH_BYTES = 1 << 20
+"""Bytes of an image, at most, that is sent to a process together with others. What takes long to decode is
+sent alone: others would wait behind it."""
 
 GATHER_S = 0.001
 """Seconds to wait for the next source of a group: the worker puts many, one after the other."""
@@ -88,6 +95,22 @@ _Inputs = queue.Queue[tuple[EncoderInput | MediaItem, ...]]
 another once; a frame at a time of a video."""
 
 
+class _Decode(NamedTuple):
+    """An item that a thread is to decode."""
+
+    item: MediaItem
+    inputs: _Inputs
+    """Where its encoder inputs go, and then itself."""
+    turn: int
+    """Of the budget."""
+
+
+def _is_small(item: MediaItem) -> bool:
+    """Whether an item may be decoded together with others: a small image that is not a duplicate."""
+    is_short = isinstance(item.data, bytes) and len(item.data) <= BUNCH_BYTES
+    return is_short and item.task.kind == "image" and item.result == "ok"
+
+
 class Prefetcher:
     """Reads, downloads and decodes sources in threads. Its methods belong to one thread."""
 
@@ -117,6 +140,8 @@ class Prefetcher:
         self._readers = ThreadPoolExecutor(config.threads, "read")
         self._decoders = ThreadPoolExecutor(config.threads, "decode")
         self._pool = Decoders(partial(self._decoder, apart, config.timeout_s))
+        # Sources that a thread reads one after the other, and images that it decodes together.
+        self._together = SLOTS if apart else 1
         self._inbox: queue.SimpleQueue[SourceTask | MediaItem | None] = queue.SimpleQueue()
         self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
         self._sizes: dict[str, tuple[int, int]] = {}  # by key
@@ -183,8 +208,7 @@ class Prefetcher:
                         to_read.append(one)
                 items = self._read_all(to_read)
                 self._reserve([item for item in items if item.failure is None])
-                for item in items:
-                    self._submit(item)
+                self._submit(items)
         except BaseException as error:  # `get` raises it in the thread that waits there
             self._ready.put(error)
 
@@ -204,7 +228,7 @@ class Prefetcher:
 
     def _read_all(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
         """Read sources in all threads, each of which takes some that are adjacent."""
-        each = -(-len(sources) // self._threads) or 1
+        each = max(self._together, -(-len(sources) // self._threads))
         parts = [sources[at : at + each] for at in range(0, len(sources), each)]
         return [item for part in self._readers.map(self._read_some, parts) for item in part]
 
@@ -230,19 +254,42 @@ class Prefetcher:
         for item, ours in zip(items, granted, strict=True):
             item.result = "ok" if ours else "duplicate"
 
-    def _submit(self, item: MediaItem) -> None:
-        size = None
-        if item.result == "duplicate" and item.record.kind == "image" and item.failure is None:
-            size = self._sizes.get(item.key)
-        if size is not None:
-            item.record = replace(item.record, width=size[0], height=size[1])
-            item.drop_data()
-        if item.failure is not None or size is not None:
-            self._ready.put(item)
-            return
-        inputs = _Inputs(self._frames_ahead)
-        self._decoders.submit(self._decode, item, inputs, self._budget.turn())
-        self._ready.put(inputs)
+    def _submit(self, items: Sequence[MediaItem]) -> None:
+        """Deliver items, and let threads decode those that need it, small images in bunches."""
+        delivered: list[_Inputs | MediaItem] = []
+        to_decode: list[_Decode] = []
+        for item in items:
+            size = None
+            if item.result == "duplicate" and item.record.kind == "image" and item.failure is None:
+                size = self._sizes.get(item.key)
+            if size is not None:
+                item.record = replace(item.record, width=size[0], height=size[1])
+                item.drop_data()
+            if item.failure is not None or size is not None:
+                delivered.append(item)
+            else:
+                one = _Decode(item, _Inputs(self._frames_ahead), self._budget.turn())
+                to_decode.append(one)
+                delivered.append(one.inputs)
+        # `get` waits for what is in `_ready`, so a thread must have it before there may be no room there.
+        for bunch in self._bunches(to_decode):
+            self._decoders.submit(self._decode_bunch, bunch)
+        for ready in delivered:
+            self._ready.put(ready)
+
+    def _bunches(self, to_decode: Sequence[_Decode]) -> Iterator[list[_Decode]]:
+        """Cut into adjacent small images and single items. All keep their order, as turns must."""
+        bunch: list[_Decode] = []
+        for one in to_decode:
+            if bunch and (len(bunch) == self._together or not _is_small(one.item)):
+                yield bunch
+                bunch = []
+            bunch.append(one)
+            if not _is_small(one.item):
+                yield bunch
+                bunch = []
+        if bunch:
+            yield bunch
 
     # ---- decoding
 
@@ -251,11 +298,45 @@ class Prefetcher:
             return ThreadDecoder(self._worker.decode, self._worker.prepare)
         return ProcessDecoder(apart, timeout_s, lambda: self._open)
 
-    def _decode(self, item: MediaItem, inputs: _Inputs, turn: int) -> None:
-        """Put the encoder inputs of `item` into `inputs`, then, whatever happens, `item` itself.
+    def _decode_bunch(self, bunch: Sequence[_Decode]) -> None:
+        """Decode small images together as far as that is possible, and other items one by one."""
+        found: list[Decoded | Exception | None] = [None] * len(bunch)
+        if self._together > 1 and _is_small(bunch[0].item) and self._open:
+            start = time.perf_counter()
+            # An error that is none of theirs is met again when each is taken alone.
+            with self._pool.one() as decoder, contextlib.suppress(Exception):
+                found = decoder.images([one.item for one in bunch], self._budget.little)
+            for one in bunch:
+                one.item.decode_s += (time.perf_counter() - start) / len(bunch)
+        for one, result in zip(bunch, found, strict=True):
+            if result is None:
+                self._decode(one)
+            else:
+                self._finish(one, result)
+
+    def _finish(self, one: _Decode, result: Decoded | Exception) -> None:
+        """Deliver an image that was decoded with others."""
+        with self._budget.room(one.turn, 0, lambda: self._open):
+            pass  # its turn is used
+        item, only = one.item, None
+        if isinstance(result, Exception):
+            item.failure = self._failure(result)
+        else:
+            only = self._input(item, result)
+        self._deliver(one, only)
+
+    def _deliver(self, one: _Decode, only: EncoderInput | None) -> None:
+        """Put the encoder input of an image, if there is one, and the item itself."""
+        one.item.drop_data()
+        put = (one.item,) if only is None else (only, one.item)
+        self._put(one.inputs, put, lambda: None)
+
+    def _decode(self, one: _Decode) -> None:
+        """Put the encoder inputs of an item into `inputs`, then, whatever happens, the item itself.
 
         A thread that waits for memory is not in the log: it does not hang.
         """
+        item, inputs = one.item, one.inputs
         start = time.perf_counter()
         is_image, is_done = item.task.kind == "image", False
         log, nbytes = self._decode_log.decoding, 0
@@ -265,15 +346,15 @@ class Prefetcher:
             try:
                 if self._open:
                     with log(item.task.source, item.key) as decoder.touch:
-                        little = self._budget.little
-                        nbytes = decoder.needed(0 if item.result == "duplicate" else little)
-                        if is_image and (item.result == "duplicate" or nbytes <= little):
+                        nbytes = decoder.needed()
+                        is_little = nbytes <= self._budget.little
+                        if is_image and (item.result == "duplicate" or is_little):
                             only, nbytes, is_done = self._decode_image(decoder), 0, True
             except Exception as error:
                 item.failure, is_done = self._failure(error), True
             try:
                 waited = time.perf_counter()
-                with self._budget.room(turn, nbytes, lambda: self._open):
+                with self._budget.room(one.turn, nbytes, lambda: self._open):
                     item.decode_s -= time.perf_counter() - waited
                     if self._open and not is_done:
                         with log(item.task.source, item.key) as decoder.touch:
@@ -283,9 +364,8 @@ class Prefetcher:
                                 self._decode_video(decoder, inputs)
             except Exception as error:
                 item.failure = self._failure(error)
-        item.drop_data()
         item.decode_s += time.perf_counter() - start
-        self._put(inputs, (item,) if only is None else (only, item), lambda: None)
+        self._deliver(one, only)
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, BadMediaError):
@@ -295,18 +375,23 @@ class Prefetcher:
 
     def _decode_image(self, decoder: Decoder) -> EncoderInput | None:
         """Return the encoder input of an image; None of a duplicate, whose size alone is read."""
-        item, only, note = decoder.item, None, None
-        if item.result == "duplicate":
-            size = decoder.size()
-        else:
-            decoded = decoder.image()
-            size, note = decoded.size, decoded.note
-            only = EncoderInput(item=item, pixels=decoded.pixels, view=FULL, time_s=None)
+        item = decoder.item
+        if item.result != "duplicate":
+            return self._input(item, decoder.image())
+        self._learn(item, decoder.size(), None)
+        return None
+
+    def _input(self, item: MediaItem, decoded: Decoded) -> EncoderInput:
+        """Return the encoder input of an image that has been decoded."""
+        self._learn(item, decoded.size, decoded.note)
+        return EncoderInput(item=item, pixels=decoded.pixels, view=FULL, time_s=None)
+
+    def _learn(self, item: MediaItem, size: tuple[int, int], note: str | None) -> None:
+        """Remember the size of an image, for its record and its duplicates."""
         item.record = replace(item.record, width=size[0], height=size[1], note=note)
         if len(self._sizes) >= KNOWN_SIZES:
             self._sizes.clear()
         self._sizes[item.key] = size
-        return only
 
     def _decode_video(self, decoder: Decoder, inputs: _Inputs) -> None:
         item, info = decoder.item, decoder.probe()

@@ -4,10 +4,12 @@
     decoder.take(item)
     decoder.needed()            # starts the process, and sends it the item
     decoder.image()
+    decoder.images(items, at_once=32 << 20)    # small ones together, with one request
 
 The other side is decode_process.py. A media item that a process crashes or hangs on is tried once more, in a
 new process; then it has failed. If the process is killed from outside, by the system when memory runs out,
-the item is tried twice more, and the failure is ours.
+the item is tried twice more, and the failure is ours. If images that were sent together lose a process, each
+of them begins anew, alone.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ from encode.worker.decode_process import (
     FrameReady,
     GoneError,
     Load,
+    LoadImages,
     Needs,
     Over,
     Picture,
+    Pictures,
     Probe,
     Progress,
     ReadSize,
@@ -120,7 +124,6 @@ class ProcessDecoder(Decoder):
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._loaded = False
-        self._picture: Picture | None = None  # of an image that is decoded already
         self._losses: list[_LostError] = []
         self._memory_fd = _shared_memory(SLOTS * setup.slot_bytes)
         self._memory = mmap.mmap(self._memory_fd, SLOTS * setup.slot_bytes)
@@ -128,16 +131,46 @@ class ProcessDecoder(Decoder):
     def take(self, item: MediaItem) -> None:
         """Decode this item from now on."""
         super().take(item)
-        self._loaded, self._picture, self._losses = False, None, []
+        self._loaded, self._losses = False, []
 
-    def needed(self, at_once: int = 0) -> int:
+    def images(self, items: Sequence[MediaItem], at_once: int) -> list[Decoded | Exception | None]:
+        """Decode small images with one request. If that loses the process, each is to be taken alone."""
+        self._loaded, self.touch = False, lambda: None
+        data = [item.data for item in items if isinstance(item.data, bytes)]
+        assert len(data) == len(items) <= SLOTS, "images are read whole"
+        request = LoadImages(sizes=tuple(map(len, data)), at_once=at_once)
+        try:
+            if self._process is None:
+                self._start()
+            self._send(request, *data)
+            answer = self._answer()
+            if not isinstance(answer, Pictures) or len(answer.found) != len(items):
+                raise self._astray(answer)
+        except _LostError:  # it is not known by which of them
+            return [None] * len(items)
+        return [self._found(slot, one) for slot, one in enumerate(answer.found)]
+
+    def _found(
+        self, slot: int, answer: Picture | Needs | Bad | Broken
+    ) -> Decoded | Exception | None:
+        match answer:
+            case Picture():
+                size = answer.width, answer.height
+                return Decoded(pixels=self._copy(slot), size=size, note=answer.note)
+            case Bad():
+                return BadMediaError(answer.reason, answer.stage)
+            case Broken():
+                return DecodeProcessError(answer.error)
+        return None
+
+    def needed(self) -> int:
         """Send the item to the process; return the memory that decoding takes."""
-        return self._try(lambda: self._load(at_once))
+        return self._try(self._load)
 
     def image(self) -> Decoded:
         """Decode an image."""
-        answer = self._picture or self._try(lambda: self._ask(DecodeImage(), Picture))
-        self._loaded, self._picture = False, None
+        answer = self._try(lambda: self._ask(DecodeImage(), Picture))
+        self._loaded = False
         size = answer.width, answer.height
         return Decoded(pixels=self._copy(0), size=size, note=answer.note)
 
@@ -203,27 +236,24 @@ class ProcessDecoder(Decoder):
             raise self._astray(answer)
         return answer
 
-    def _load(self, at_once: int = 0) -> int:
+    def _load(self) -> int:
         if self._process is None:
             self._start()
         data, kind = self.item.data, self.item.task.kind
         if isinstance(data, Path):
             self._send(Load(kind=kind, path=os.fsencode(data)))
         else:
-            self._send(Load(kind=kind, nbytes=len(data), at_once=at_once), data)
+            self._send(Load(kind=kind, nbytes=len(data)), data)
         answer = self._answer()
-        if at_once and isinstance(answer, Picture):
-            self._picture = answer
-            return 0
         if not isinstance(answer, Needs):
             raise self._astray(answer)
         self._loaded = True
         return answer.nbytes
 
-    def _send(self, request: Request, data: bytes = b"") -> None:
+    def _send(self, request: Request, *data: bytes) -> None:
         assert self._channel is not None, "the process runs"
         try:
-            self._channel.send(request, data, self._timeout_s)
+            self._channel.send(request, *data, timeout_s=self._timeout_s)
         except GoneError as error:
             hung = isinstance(error.__cause__, BlockingIOError)
             raise self._lost(hung=hung) from None

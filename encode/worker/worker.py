@@ -30,6 +30,7 @@ from configs import UserError
 from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog, decode_log_file
+from encode.worker.decode_process import SLOTS
 from encode.worker.decoders import setup_for
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
@@ -75,8 +76,10 @@ class Worker:
         self._lease.__enter__()
         self._encoder, self._coordinator, self._number = encoder, coordinator, number
         self._batch_size = spec.batch_size
-        # Decoded ahead: a second batch while one is encoded, and enough to keep all threads busy.
-        self._ahead = max(2 * self._batch_size, 4 * config.threads)
+        # Decoded ahead: a second batch while one is encoded, and enough to keep all threads busy: of what a
+        # process decodes together, one bunch at work and one that waits.
+        busy = 2 * SLOTS if config.decode_apart else 4
+        self._ahead = max(2 * self._batch_size, busy * config.threads)
         # Downloads mostly wait for servers, so more of them are started than decoded images fit in memory.
         self._web_ahead = self._ahead + 2 * config.download.connections
         self._present = Present.of(self.space, max_frames=config.max_frames)

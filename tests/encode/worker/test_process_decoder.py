@@ -7,13 +7,15 @@ decoder.needed(), decoder.image()
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,11 @@ from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker import process_decoder
 from encode.worker.decode_log import DecodeLog
-from encode.worker.decode_process import DecodeImage, Load, Request, Setup
-from encode.worker.decoders import NICE_BESIDE_GPU, Decoder, ThreadDecoder, setup_for
+from encode.worker.decode_process import SLOTS, DecodeImage, Load, LoadImages, Request, Setup
+from encode.worker.decoders import NICE_BESIDE_GPU, Decoded, Decoder, ThreadDecoder, setup_for
 from encode.worker.media_item import EncoderInput, MediaItem
 from encode.worker.messages import SourceTask
-from encode.worker.prefetch import Prefetcher
+from encode.worker.prefetch import BUNCH_BYTES, Prefetcher
 from encode.worker.process_decoder import DecodeProcessError, ProcessDecoder
 from model.media.fit import InputFit
 from model.media.images import BadMediaError
@@ -141,48 +143,6 @@ def test_a_process_gives_what_a_thread_gives(start: Start, tmp_path: Path) -> No
     for item in items:
         assert outcome(process, item) == outcome(thread, item)
     assert process._process is not None and process._process.poll() is None, "one did them all"
-
-
-def test_an_image_that_needs_little_is_decoded_when_it_is_sent(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder, sent = start(), list[Request]()
-    send = decoder._send
-    monkeypatch.setattr(decoder, "_send", lambda one, *data: (sent.append(one), send(one, *data)))
-    item = square(tmp_path, 24)
-    decoder.take(item)
-    needed = decoder.needed()
-    twice = decoder.image()
-    for at_once, requests in ((needed - 1, [Load, DecodeImage]), (needed, [Load])):
-        sent.clear()
-        decoder.take(item)
-        assert decoder.needed(at_once) == (0 if at_once == needed else needed)
-        once = decoder.image()
-        assert [type(one) for one in sent] == requests
-        assert (once.size, once.note) == (twice.size, twice.note)
-        assert np.array_equal(once.pixels, twice.pixels)
-    decoder.take(square(tmp_path, 20))  # nothing is left of the one before
-    assert decoder.needed() > 0
-    assert decoder.image().size == (20, 20)
-    decoder.take(item_of(b"no image"))
-    with pytest.raises(BadMediaError):
-        decoder.needed(1 << 20)
-    video = draw_video(DemoWorld(images=9, side=24, video_frames=3), 0)
-    decoder.take(item_of(video, "video"))
-    assert decoder.needed(1 << 30) > 0, "a video is never decoded at once"
-    assert decoder.probe().duration_s > 0
-
-
-def test_an_image_that_crashes_its_process_at_once_has_failed(start: Start, tmp_path: Path) -> None:
-    decoder = start(odd=True)
-    decoder.take(square(tmp_path, 31))
-    with pytest.raises(
-        BadMediaError, match="crashed the process that decodes it, also at a second"
-    ):
-        decoder.needed(1 << 20)
-    decoder.take(square(tmp_path, 35))
-    assert decoder.needed(1 << 20) == 0
-    assert decoder.image().size == (35, 35), "killed once, then decoded"
 
 
 def test_the_encoder_input_is_that_of_the_encoder() -> None:
@@ -362,58 +322,150 @@ def test_processes_yield_to_the_thread_that_feeds_a_gpu(start: Start, tmp_path: 
     assert os.getpriority(os.PRIO_PROCESS, decoder._process.pid) == lower
 
 
-def test_a_prefetcher_asks_once_for_a_small_image_and_twice_for_a_large_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Reserving:
-        def reserve(self, ids: list[str]) -> list[bool]:
-            return [True] * len(ids)
+class Reserving:
+    """What a prefetcher asks of a worker that encodes everything."""
 
-    sent: list[type[Request]] = []
-    send = ProcessDecoder._send
+    def reserve(self, ids: list[str]) -> list[bool]:
+        return [True] * len(ids)
 
-    def recorded(decoder: ProcessDecoder, request: Request, data: bytes = b"") -> None:
-        sent.append(type(request))
-        send(decoder, request, data)
+    def our_error(self, error: Exception) -> str:
+        return str(error)
 
-    monkeypatch.setattr(ProcessDecoder, "_send", recorded)
-    (path,) = draw(tmp_path, 1)
-    for little, requests in ((1 << 20, [Setup, Load]), (10, [Setup, Load, DecodeImage])):
-        sent.clear()
-        log = DecodeLog(tmp_path / "worker.decoding", threads=2)
-        prefetcher = Prefetcher(Reserving(), CONFIG, log, ahead=8, batch_size=2, apart=SETUP)  # type: ignore[arg-type]
-        prefetcher._budget.little = little
-        prefetcher.put(SourceTask(source=str(path)))
-        only, item = prefetcher.get(timeout_s=60), prefetcher.get(timeout_s=60)
-        assert isinstance(only, EncoderInput) and isinstance(item, MediaItem)
-        assert item.failure is None
+
+@contextlib.contextmanager
+def prefetching(folder: Path, ahead: int = 8) -> Iterator[Prefetcher]:
+    """Open a prefetcher that decodes in processes, with two threads."""
+    log = DecodeLog(folder / "worker.decoding", threads=2)
+    prefetcher = Prefetcher(Reserving(), CONFIG, log, ahead=ahead, batch_size=2, apart=SETUP)  # type: ignore[arg-type]
+    try:
+        yield prefetcher
+    finally:
         prefetcher.close()
         log.close()
-        assert sent == requests
+
+
+def delivered(
+    prefetcher: Prefetcher, paths: Sequence[Path]
+) -> list[tuple[EncoderInput | None, MediaItem]]:
+    """Put files and return, for each item in the order of its arrival, its encoder input and itself."""
+    for path in paths:
+        prefetcher.put(SourceTask(source=str(path)))
+    found: list[tuple[EncoderInput | None, MediaItem]] = []
+    only = None
+    while len(found) < len(paths):
+        one = prefetcher.get(timeout_s=100)
+        assert one is not None, f"nothing follows {len(found)} items"
+        if isinstance(one, EncoderInput):
+            only = one
+        else:
+            found.append((only, one))
+            only = None
+    return found
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Requests that are sent to processes, in order."""
+    requests: list[Request] = []
+    send = ProcessDecoder._send
+
+    def recorded(decoder: ProcessDecoder, request: Request, *data: bytes) -> None:
+        requests.append(request)
+        send(decoder, request, *data)
+
+    monkeypatch.setattr(ProcessDecoder, "_send", recorded)
+    return requests
+
+
+def test_a_prefetcher_asks_once_for_an_image_that_needs_little_memory(
+    tmp_path: Path, sent: list[Request]
+) -> None:
+    (path,) = draw(tmp_path, 1)
+    for little, more in ((1 << 20, []), (10, [Load, DecodeImage])):
+        sent.clear()
+        with prefetching(tmp_path) as prefetcher:
+            prefetcher._budget.little = little
+            ((only, item),) = delivered(prefetcher, [path])
+        assert only is not None and item.failure is None
+        assert [type(one) for one in sent] == [Setup, LoadImages, *more]
+
+
+def test_images_that_are_decoded_together_are_what_they_are_alone(start: Start) -> None:
+    files = image_files()
+    files["cut"] = files["jpeg"][:-2]
+    files["damaged"] = files["png"][: len(files["png"]) // 2]
+    files["nothing"] = b""
+    files["large"] = Image.effect_noise((900, 700), 90).tobytes() * 2  # beyond a socket's buffer
+    items = [item_of(data) for data in files.values()]
+    alone, together = start(), start()
+    kinds = set()
+    for at in range(0, len(items), SLOTS):
+        some = items[at : at + SLOTS]
+        for item, found in zip(some, together.images(some, 4 << 20), strict=True):
+            alone.take(item)
+            kinds.add(type(found))
+            if found is None:
+                assert alone.needed() > 4 << 20
+            elif isinstance(found, Exception):
+                with pytest.raises(type(found), match=re.escape(str(found))):
+                    alone.needed(), alone.image()
+            else:
+                one = alone.image()
+                assert (found.size, found.note) == (one.size, one.note)
+                assert np.array_equal(found.pixels, one.pixels)
+    assert {Decoded, BadMediaError} <= kinds
+    assert together.images(items[:2], 1) == [None, None], "each needs more"
+    together.take(items[0])  # nothing is left of them
+    assert together.needed() > 1
+
+
+def test_a_prefetcher_sends_small_images_together_and_keeps_their_order(
+    tmp_path: Path, sent: list[Request]
+) -> None:
+    paths = [draw(tmp_path / str(side), 1, side=side)[0] for side in range(40, 61)]
+    large = tmp_path / "large.png"
+    Image.effect_noise((1200, 1200), 90).save(large)
+    assert large.stat().st_size > BUNCH_BYTES
+    paths.insert(7, large)
+    with prefetching(tmp_path, ahead=1) as prefetcher:
+        # Turns, and a queue that is full at once, must not wait for each other.
+        prefetcher._budget.little, prefetcher._budget.total = 9000, 1
+        found = delivered(prefetcher, paths)
+    assert [item.task.source for _, item in found] == [str(path) for path in paths]
+    for path, (only, item) in zip(paths, found, strict=True):
+        assert only is not None and only.item is item and item.failure is None
+        decoded = FIT.decode(path.read_bytes())
+        assert np.array_equal(only.pixels, FIT.prepare(decoded))
+        assert (item.record.width, item.record.height) == decoded.size
+    together = [len(one.sizes) for one in sent if isinstance(one, LoadImages)]
+    assert together and max(together) == SLOTS
+    assert next(one.nbytes for one in sent if isinstance(one, Load)) > 0, "what needs more, alone"
+
+
+@pytest.mark.parametrize("side", [31, 33, 34, 37])
+def test_an_image_harms_none_that_it_is_decoded_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[Request], side: int
+) -> None:
+    monkeypatch.setattr(process_decoder, "PROGRAM", ODD.format(flag=str(tmp_path / "flag")))
+    sides = [24, 25, side, 26]
+    paths = [draw(tmp_path / str(one), 1, side=one)[0] for one in sides]
+    with prefetching(tmp_path) as prefetcher:
+        found = delivered(prefetcher, paths)
+    assert any(isinstance(one, LoadImages) for one in sent)
+    failed = [item.task.source for _, item in found if item.failure is not None]
+    assert failed == [str(paths[2])]
+    assert [only is not None for only, _ in found] == [True, True, False, True]
 
 
 def test_a_prefetcher_closes_while_a_process_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Reserving:
-        def reserve(self, ids: list[str]) -> list[bool]:
-            return [True] * len(ids)
-
-        def our_error(self, error: Exception) -> str:
-            return str(error)
-
-    program = ODD.format(flag=str(tmp_path / "flag"))
-    monkeypatch.setattr(process_decoder, "PROGRAM", program)
-    log = DecodeLog(tmp_path / "worker.decoding", threads=2)
-    prefetcher = Prefetcher(Reserving(), CONFIG, log, ahead=8, batch_size=2, apart=SETUP)  # type: ignore[arg-type]
+    monkeypatch.setattr(process_decoder, "PROGRAM", ODD.format(flag=str(tmp_path / "flag")))
     good, bad = (draw(tmp_path / str(side), 1, side=side)[0] for side in (24, 32))
-    for path in (good, bad):
-        prefetcher.put(SourceTask(source=str(path)))
-    only = prefetcher.get(timeout_s=60)
-    assert isinstance(only, EncoderInput) and only.pixels.shape == (28, 28, 3)
-    assert isinstance(prefetcher.get(timeout_s=60), MediaItem)
-    time.sleep(0.1)
-    started = time.monotonic()
-    prefetcher.close()
-    log.close()
+    with prefetching(tmp_path) as prefetcher:
+        ((only, _),) = delivered(prefetcher, [good])
+        assert only is not None and only.pixels.shape == (28, 28, 3)
+        prefetcher.put(SourceTask(source=str(bad)))
+        time.sleep(0.1)
+        started = time.monotonic()
     assert time.monotonic() - started < 10
