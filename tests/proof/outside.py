@@ -106,6 +106,8 @@ def clean_environment(folder: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         print(f"\n$ python -m venv {folder} && pip install {' '.join(wanted)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        # Most modules are never imported, so none is compiled beforehand.
+        words = [python, "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
+        subprocess.run(words, check=True)
         write_atomic(mark, json.dumps(wanted).encode())
     return python

@@ -74,15 +74,44 @@ def test_the_nearest_drawing_is_found_whatever_all_drawings_share() -> None:
     assert scores.nearest(train, test).tolist() == list(range(19, -1, -1))
 
 
-def test_a_fitted_map_finds_a_linear_one_and_keeps_the_spread() -> None:
+def test_a_fitted_map_finds_a_linear_one() -> None:
     rng = np.random.default_rng(0)
     given = rng.normal(size=(500, 8)).astype(np.float32)
     wanted = (given @ rng.normal(size=(8, 3)) + 5).astype(np.float32)
     weight, bias = scores.least_squares(given, wanted)
     assert np.abs(given @ weight + bias - wanted).max() < 0.2
-    noisy = wanted + rng.normal(size=wanted.shape).astype(np.float32) * 10
-    weight, bias = scores.least_squares(given, noisy)
-    assert np.isclose((given @ weight + bias).std(), noisy.std(), rtol=0.05)
+
+
+def test_a_classifier_finds_classes_that_least_squares_mixes_up() -> None:
+    """Features of a class are spread along what tells nothing, as those of artists are."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 40, 2000)
+    told = rng.normal(size=(40, 24))[labels]
+    noise = rng.normal(size=(2000, 24)) * 2
+    given = (np.concatenate([told, noise], axis=1) @ rng.normal(size=(48, 48))).astype(np.float32)
+    places = (rng.normal(size=(40, 16)) + 7).astype(np.float32)
+
+    def right(weight: np.ndarray, bias: np.ndarray) -> float:
+        centre = places.mean(0)
+        found = (given @ weight + bias - centre) @ scores.unit(places - centre).T
+        return float(np.mean(found.argmax(1) == labels))
+
+    weight, bias = scores.classifier(given, labels.tolist(), places, steps=100)
+    assert right(weight, bias) > 0.95 > right(*scores.least_squares(given, places[labels]))
+    mapped, wanted = given @ weight + bias, places[labels]
+    assert np.allclose(mapped.mean(0), wanted.mean(0), atol=1e-2)
+    spreads = [np.linalg.norm(one - one.mean(0)) for one in (mapped, wanted)]
+    assert math.isclose(*spreads, rel_tol=1e-3)
+    again = scores.classifier(given, labels.tolist(), places, steps=100)
+    assert np.array_equal(weight, again[0]) and np.array_equal(bias, again[1])
+
+
+def test_one_answer_to_a_question_is_right_as_often_as_it_is_expected() -> None:
+    name, kind = training.TASKS
+    records = [prepare.talk(name, one) for one in ("dog", "cat", "cow", "bee")]
+    records += [prepare.talk(kind, one) for one in ("animal", "animal", "bug", "animal")]
+    told = {name: "Bee.", kind: "animal"}
+    assert training.shares(records, told) == {training.CONCEPT: 0.25, training.KIND_TASK: 0.75}
 
 
 def test_paired_differences_are_those_of_drawings() -> None:

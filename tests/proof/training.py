@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from model.io.saved_model import load_final, save_final
 from model.language.tokenizer import encode_text
 from tests.proof.drawings import KIND, NAME
 from tests.proof.prepare import ENCODER
-from tests.proof.scores import base_rate, by_task, least_squares, nearest, perplexity
+from tests.proof.scores import base_rate, by_task, classifier, is_equal, nearest, perplexity
 from tests.proof.work import Flags, Line, Work, as_json, folder_bytes
 from train.data.features import read_features
 from train.data.join import join
@@ -118,9 +118,9 @@ def train_main(work: Work, space: str) -> dict[str, Any]:
 def align(work: Work, space: str, run: str) -> Path:
     """Give a new model a connector that is fitted, not random; return the folder of the model.
 
-    It maps the mean token of a training drawing to the mean embedding of the tokens of its name, by least
-    squares, with the spread that the names have. Such images are already words to the language model: of all
-    that was tried, nothing helped as much.
+    It maps the mean token of a training drawing to the mean embedding of the tokens of its name, so that
+    this is nearer than any other name's. Such images are already words to the language model: of all that
+    was tried, nothing helped as much.
     """
     final = work.folder / run / "stage1" / "final"
     if not final.exists():
@@ -132,9 +132,9 @@ def align(work: Work, space: str, run: str) -> Path:
     vlm, tokenizer, meta = load_final(final)
     features, names, _ = features_of(work, "train", space)
     words = vlm.language.get_input_embeddings().weight.detach().numpy()
-    pieces = {name: encode_text(tokenizer, name) for name in set(names)}
-    wanted = np.stack([words[pieces[name]].mean(0) for name in names])
-    weight, bias = least_squares(features.mean(1), wanted)
+    known = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    places = np.stack([words[encode_text(tokenizer, name)].mean(0) for name in known])
+    weight, bias = classifier(features.mean(1), [known[name] for name in names], places)
     with torch.no_grad():
         vlm.connector.weight.copy_(torch.from_numpy(weight.T.copy()))
         vlm.connector.bias.copy_(torch.from_numpy(bias))
@@ -274,13 +274,29 @@ def score_main(work: Work, space: str) -> dict[str, Any]:
 
 
 def text_alone(work: Work, space: str) -> dict[str, Any]:
-    """Train on the questions without drawings, and score on them: what text alone gives."""
-    flags = {"connector": "linear", **work.recipe["text_alone"]}
-    train(work, "text-alone", 1, flags, space)
-    right = by_task(evaluate(work, "text-alone", "blindfold"))
-    shutil.rmtree(work.folder / "text-alone")
+    """Train on the questions without drawings, and score on them: what text alone gives.
+
+    Without a drawing, every question of a kind is the same prompt, and has the same answer.
+    """
+    run = "text-alone"
+    train(work, run, 1, {"connector": "linear", **work.recipe["text_alone"]}, space)
+    vlm, tokenizer, _ = load_final(find_run(str(work.folder / run), None))
+    prompts = [([("user", question, 1.0)], None) for question in TASKS]
+    told = answer(vlm, tokenizer, prompts, max_new_tokens=LONGEST)
+    shutil.rmtree(work.folder / run)
+    records = json.loads((work.folder / "data" / "blindfold.json").read_text(encoding="utf-8"))
+    right = shares(records, dict(zip(TASKS, told, strict=True)))
     lines = [Line(f"{task}: trained on text alone", f"{right[task]:.3f}", "") for task in right]
-    return {"lines": [as_json(line) for line in lines]}
+    return {"told": told, "lines": [as_json(line) for line in lines]}
+
+
+def shares(records: Sequence[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
+    """Return by task how often the one answer to each question is right, of LLaVA records."""
+    right: dict[str, list[bool]] = {}
+    for record in records:
+        asked, expected = (turn["value"] for turn in record["conversations"])
+        right.setdefault(task_of(asked), []).append(is_equal(expected, answers[asked]))
+    return {task: float(np.mean(each)) for task, each in right.items()}
 
 
 # ---- English
