@@ -419,6 +419,15 @@ def test_images_that_are_decoded_together_are_what_they_are_alone(start: Start) 
     assert together.needed() > 1
 
 
+def test_images_that_lose_their_process_are_each_to_be_taken_alone(
+    start: Start, tmp_path: Path
+) -> None:
+    decoder = start(odd=True)
+    assert decoder.images([square(tmp_path, side) for side in (24, 31)], 1 << 20) == [None, None]
+    (found,) = decoder.images([square(tmp_path, 26)], 1 << 20)
+    assert isinstance(found, Decoded)
+
+
 def test_a_prefetcher_sends_small_images_together_and_keeps_their_order(
     tmp_path: Path, sent: list[Request]
 ) -> None:
