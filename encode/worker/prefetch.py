@@ -5,8 +5,8 @@
 
 Files are delivered in the order they were put in, downloads in the order they arrive. A failed source is
 delivered without being decoded. A video is delivered frame by frame, so memory holds a few batches of
-frames, however long the video is. A thread decodes itself, or lets a process of its own decode: small images
-in bunches then, since a thread that is woken costs as much as Python's work on an image.
+frames, however long the video is. A thread decodes itself, or lets a process of its own decode. To that it
+sends small images in bunches: each time that two threads wake each other may take 0.1 ms of a core.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 The other side is decode_process.py. A media item that a process crashes or hangs on is tried once more, in a
 new process; then it has failed. If the process is killed from outside, by the system when memory runs out,
 the item is tried twice more, and the failure is ours. If images that were sent together lose a process, each
-of them begins anew, alone.
+of them is tried alone, as if it were the first time.
 """
 
 from __future__ import annotations

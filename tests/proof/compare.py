@@ -204,9 +204,7 @@ def codecs(work: Work, space: str, answers: Sequence[Mapping[str, Any]]) -> dict
             }
         ]
         lines += [
-            _paired_line(
-                f"{codec} - fp16: short trainings, {len(recipe['seeds'])} seeds", right, codec
-            ),
+            _paired_line(f"{codec} - fp16: short trainings, seeds {recipe['seeds']}", right, codec),
             _paired_line(
                 f"{codec} - fp16: the main run reads {codec}", {"fp16": kept, codec: read}, codec
             ),

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from cache.format import codec
@@ -39,7 +39,10 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from model.attention.batch import PackedBatch
+from model.io.saved_model import save_final
 from model.media.images import decode_image
+from model.vision.encoder import VisionEncoder
+from model.vlm import build_vlm
 from tests.support import ROOT
 from tests.support.spaces import SPEC
 from train.metrics import read_metrics
@@ -268,6 +271,36 @@ def samples(files: Path, images: int, dataset: str) -> list[Sample]:
             for task, talk in asked.items()
         ]
     return result
+
+
+def drawings(folder: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
+    """Draw three images, red.png and others; return their features (M, V) by colour, not rounded."""
+    paths = []
+    for i, colour in enumerate(("red", "lime", "blue")):
+        image = Image.new("RGB", (150 + 40 * i, 120), "white")
+        ImageDraw.Draw(image).ellipse((20 * i, 10, 60 + 30 * i, 90), fill=colour)
+        paths.append(folder / f"{colour}.png")
+        image.save(paths[-1])
+    pixels = [encoder.prepare(decode_image(path.read_bytes())) for path in paths]
+    features = encoder.encode(np.stack(pixels))
+    return dict(zip((path.stem for path in paths), features, strict=True))
+
+
+def answering(
+    final: Path, encoder: VisionEncoder, codec: str, drawn: Mapping[str, Tensor], stage: int
+) -> None:
+    """Save a random model, untrained, that answers differently about each of `drawings`."""
+    vlm, tokenizer = build_vlm(encoder.spec(codec).width, "random:qwen3-tiny", "linear", seed=6)
+    generator = torch.Generator().manual_seed(11)
+    for p in vlm.language.parameters():
+        p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
+    # Remove the mean of the features and enlarge the rest, or the answers would be equal.
+    common = torch.stack(list(drawn.values())).mean((0, 1))
+    vlm.connector.weight.data *= 20
+    vlm.connector.bias.data = -vlm.connector.weight.data @ common
+    space = {"spec": encoder.spec(codec).to_json(), "load": encoder.load_info()}
+    meta = {"connector": "linear", "llm": "random:qwen3-tiny", "space": space}
+    save_final(final, vlm, tokenizer, meta | {"stage": stage, "step": 3})
 
 
 def losses(folder: Path, name: str = "loss") -> list[float]:

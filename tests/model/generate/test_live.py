@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import configs
 from cache.format import codec
@@ -24,11 +24,11 @@ from model.generate.live import live_features
 from model.inference import answer
 from model.io.run_files import META
 from model.io.runs import read_meta
-from model.io.saved_model import load_final, save_final
+from model.io.saved_model import load_final
 from model.media.images import decode_image
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
-from model.vlm import build_vlm
+from tests.support.trained_runs import answering, drawings
 from tests.support.videos import make_video
 
 pytestmark = pytest.mark.slow
@@ -43,23 +43,7 @@ def encoder() -> VisionEncoder:
 def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> Path:
     """Make three images, and a run whose model gives them different answers."""
     folder = tmp_path_factory.mktemp("world")
-    for i, colour in enumerate(("red", "lime", "blue")):
-        image = Image.new("RGB", (150 + 40 * i, 120), "white")
-        ImageDraw.Draw(image).ellipse((20 * i, 10, 60 + 30 * i, 90), fill=colour)
-        image.save(folder / f"{colour}.png")
-    vlm, tok = build_vlm(encoder.spec("int8").width, "random:qwen3-tiny", "linear", seed=6)
-    generator = torch.Generator().manual_seed(11)
-    for p in vlm.language.parameters():
-        p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
-    # Remove the mean of the features and enlarge the rest, or the answers would be equal.
-    pixels = np.stack([encoder.prepare(Image.open(p).convert("RGB")) for p in folder.glob("*.png")])
-    common = encoder.encode(pixels).mean((0, 1))
-    vlm.connector.weight.data *= 20
-    vlm.connector.bias.data = -vlm.connector.weight.data @ common
-    spec = encoder.spec("int8")
-    space = {"spec": spec.to_json(), "load": encoder.load_info()}
-    meta = {"connector": "linear", "llm": "random:qwen3-tiny", "space": space}
-    save_final(folder / "run/stage1/final", vlm, tok, meta | {"stage": 1, "step": 3})
+    answering(folder / "run/stage1/final", encoder, "int8", drawings(folder, encoder), stage=1)
     return folder
 
 
