@@ -74,9 +74,8 @@ def run(options: Options, program: str, words: list[str], group: ProcessGroup) -
     command = ending.command_line(program, words, group)
     if not options.resume:
         check_processes(options.hardware, options.processes, command)
-    if (
-        options.resume
-    ):  # has the options of the run, so every command that goes on from it has them too
+    if options.resume:
+        # Every command that goes on from this one then has the options that the run began with.
         began_with = run_folder.began_with(stage_folder(options.run, options.stage))
         command = dataclasses.replace(command, words=tuple(merge(began_with, words)))
     folder, options = run_folder.check_folder(options, command)

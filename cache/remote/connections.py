@@ -118,9 +118,8 @@ class ConnectionPool:
 
     def _take_idle(self, origin: Origin) -> _Connection | None:
         with self._lock:
-            if (
-                self._pid != os.getpid()
-            ):  # a forked child must not write to its parent's connections
+            # A forked child must not write to its parent's connections.
+            if self._pid != os.getpid():
                 self._pid, self._idle = os.getpid(), {}
             idle = self._idle.get(origin, [])
             while idle:

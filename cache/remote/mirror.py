@@ -228,9 +228,8 @@ class Mirror:
             data = memoryview(bytearray(min(PIECE_BYTES, info.nbytes - start)))
             read_range(self._store, self._policy, name, start, data, info.nbytes, stop)
             written = 0
-            while written < len(
-                data
-            ):  # not through a mapping: a full disk is an error, not a signal
+            # Not through a mapping, where a full disk is a signal instead of an error.
+            while written < len(data):
                 written += os.pwrite(fd, data[written:], start + written)
 
         def fetch_all(fd: int) -> None:

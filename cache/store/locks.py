@@ -105,9 +105,8 @@ class _Flock:
 
     def close(self) -> None:
         """Release the lock, even if a forked child still has the file open."""
-        with contextlib.suppress(
-            OSError
-        ):  # another node has removed the file, or there are no locks
+        # Another node may have removed the file, or the file system has no locks.
+        with contextlib.suppress(OSError):
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         with contextlib.suppress(OSError):
             os.close(self._fd)

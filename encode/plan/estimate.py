@@ -213,9 +213,8 @@ def describe(
         size = f"about {bytes_text(bytes_of_rows(expected, spec))}, {size}"
     lines = []
     library, _, tower = spec.architecture.partition(":")
-    if (
-        library == "transformers"
-    ):  # whose blocks and fit are the folder's, unless an entry says others
+    if library == "transformers":
+        # Blocks and fit are the folder's, unless an entry says others.
         blocks = ", ".join(map(str, spec.blocks))
         side = f"{spec.image_size} x {spec.image_size}"
         lines.append(f"tower    {tower}: block {blocks} (from 0), fit: {spec.fit}, {side} pixels")

@@ -122,9 +122,8 @@ def change(world: World, pair: Pair) -> list[str]:
     shutil.copytree(world.top / "mine", world.home / "mine")
     if pair.command.module in ("train.evaluate", "train.report"):
         shutil.copytree(world.top / "trained", world.home / "out" / "trained")
-    if dice.random() < 0.5 and not pair.kinds[0].startswith(
-        "index"
-    ):  # else few commands would read the commits
+    # With an index, few commands read the commits.
+    if dice.random() < 0.5 and not pair.kinds[0].startswith("index"):
         for path in world.cache.glob("spaces/*/index"):
             shutil.rmtree(path)
     for kind in pair.kinds:

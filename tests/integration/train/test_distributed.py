@@ -465,10 +465,7 @@ def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
             while parent.poll() is None and len(losses(folder)) < aim:
                 time.sleep(0.005)
             if kill == 0:
-                for pid in (
-                    *ranks,
-                    parent.pid,
-                ):  # as a terminal does; torchrun passes it on as well
+                for pid in (*ranks, parent.pid):  # as a terminal does; torchrun passes it on too
                     os.kill(pid, signal.SIGINT)
             else:
                 with contextlib.suppress(ProcessLookupError):  # it has ended already
