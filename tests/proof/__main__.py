@@ -1,6 +1,6 @@
 """Prove the whole with real models: encode, train, score, export, compare with transformers alone.
 
-python -m tests.proof              # over two hours on 2 cores; downloads 260 MB once
+python -m tests.proof              # two hours and a half on 2 cores; downloads 260 MB once
 python -m tests.proof --quick      # 60 concepts, about 20 minutes
 
 `make proof` and `make proof-quick` install what it needs (pip install -e '.[proof]'). A vision tower
