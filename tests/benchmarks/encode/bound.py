@@ -39,7 +39,7 @@ from tests.benchmarks.encode.jobs import (
     encode_seconds,
     median,
     store_cpu_s,
-    work_seconds,
+    worker_speed,
 )
 
 GPU_RATE = 1000
@@ -107,16 +107,23 @@ class SleepingEncoder(VisionEncoder):
 
 
 class SleepingReplay(Replay):
-    """What CUDA has recorded, packing included: a call of the host, one after the other on the GPU."""
+    """What CUDA has recorded, packing included: a call of the host, one after the other on the GPU.
 
-    one_at_a_time = threading.Lock()
+    A GPU has the calls in a queue, and begins the next when one ends, whatever the host does then.
+    """
+
+    lock = threading.Lock()
+    free_s = 0.0
+    """When the GPU will have nothing to do, monotonic seconds."""
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Sleep, and return the rows of the first batch."""
-        with self.one_at_a_time:
+        """Sleep until the GPU has done it, and return the rows of the first batch."""
+        with self.lock:
             if not self._outputs:
                 self._outputs = self._work(x)
-            time.sleep(len(x) / GPU_RATE)
+            ends_s = max(SleepingReplay.free_s, time.monotonic()) + len(x) / GPU_RATE
+            SleepingReplay.free_s = ends_s
+        time.sleep(max(0.0, ends_s - time.monotonic()))
         return self._outputs
 
 
@@ -287,17 +294,8 @@ def measure_cheap(
     words = ("--device", "cpu", "--workers")
 
     def ray() -> Speed:
-        worked: dict[str, float] = {}
-
-        def job(name: str) -> None:
-            folder, count = _where(photos, name)
-            worked[name] = work_seconds(over_ray.run(folder, count, *words, "2"), count)
-
-        whole = photos.measure(job)
-        counts = len(photos.short), len(photos.long)
-        speed = Speed.of((counts[0], worked["short"]), (counts[1], worked["long"]))
-        # The start of Ray varies more than the jobs take: only what workers report counts.
-        return dataclasses.replace(speed, start_s=whole.start_s)
+        # The start of Ray varies more than the jobs take.
+        return worker_speed(photos, lambda name: over_ray.run(*_where(photos, name), *words, "2"))
 
     def ours() -> Speed:
         return photos.measure(lambda name: inline.run(*_where(photos, name), *words, "0"))
@@ -330,12 +328,13 @@ def measure_gpu(photos: Photos, many: Photos, rounds: int, requirements: Require
     encoder = sleeping_encoder()
     jobs = Jobs(photos.folder / "gpu", GPU, encoder)
     words = ("--device", "cpu", "--workers", "0")
-    torch.set_num_threads(1)  # a pass that needs no core: decoding goes on beside it
+    torch.set_num_threads(pipeline.IN_FLIGHT)  # a thread for each batch in flight, which only waits
 
     def asleep() -> Speed:
         more = (*words, "--threads", str(SLEEPERS))
         with mock.patch.object(process_decoder, "PROGRAM", SLEEPING_PROGRAM):
-            return many.measure(lambda name: jobs.run(*_where(many, name), *more))
+            # A job probes one source in fifty, 200 at most, by decoders that do not sleep.
+            return worker_speed(many, lambda name: jobs.run(*_where(many, name), *more))
 
     cases: dict[str, Callable[[], Speed]] = {
         "decoders on the cores": lambda: photos.measure(

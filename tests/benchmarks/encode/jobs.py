@@ -10,7 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -82,6 +82,24 @@ class Photos:
         """Call `work` with `short` and `long`; return the speed."""
         taken = {name: seconds(lambda name=name: work(name)) for name in ("short", "long")}
         return Speed.of((len(self.short), taken["short"]), (len(self.long), taken["long"]))
+
+
+def worker_speed(photos: Photos, run: Callable[[str], str]) -> Speed:
+    """Return the speed by what workers report: planning, probing and starting count as the start.
+
+    Args:
+        photos: of the jobs.
+        run: runs the job `short` or `long`; returns what it printed.
+    """
+    counts = {"short": len(photos.short), "long": len(photos.long)}
+    worked: dict[str, float] = {}
+
+    def job(name: str) -> None:
+        worked[name] = work_seconds(run(name), counts[name])
+
+    whole = photos.measure(job)
+    short, long = ((counts[name], worked[name]) for name in counts)
+    return replace(Speed.of(short, long), start_s=whole.start_s)
 
 
 def work_seconds(said: str, count: int) -> float:
