@@ -193,6 +193,8 @@ def codecs(work: Work, space: str, answers: Sequence[Mapping[str, Any]]) -> dict
     exact = float(np.mean([list(each.values()) for each in right["fp16"]]))
     lines = [Line("fp16, short trainings: exact match", f"{exact:.3f}", "")]
     kept = [{_question(a): bool(a["correct"]) for a in answers}]
+    count = len(recipe["seeds"])
+    seeds = f"{count} seed{'s' if count > 1 else ''}"
     for codec in CODECS:
         asked, given = training.ask(work, spaces[codec], fast=True)
         read = [
@@ -204,7 +206,7 @@ def codecs(work: Work, space: str, answers: Sequence[Mapping[str, Any]]) -> dict
             }
         ]
         lines += [
-            _paired_line(f"{codec} - fp16: short trainings, seeds {recipe['seeds']}", right, codec),
+            _paired_line(f"{codec} - fp16: short trainings, {seeds}", right, codec),
             _paired_line(
                 f"{codec} - fp16: the main run reads {codec}", {"fp16": kept, codec: read}, codec
             ),
