@@ -39,7 +39,7 @@ soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak_counted or hypothesis" --soak -s \
 	    -o faulthandler_timeout=3600
 
-# The whole with real models: docs/BENCHMARKS.md. Downloads 260 MB once; two hours and a half, and 22 minutes.
+# The whole with real models: docs/BENCHMARKS.md. Downloads 260 MB once; 1.5 to 2.5 hours, and 16 to 22 minutes.
 proof: .venv/.proof
 	$(BIN)/python -m tests.proof
 

