@@ -305,7 +305,11 @@ class Job:
             UserError, CacheError: the job cannot go on. All encoded rows are committed.
         """
         self._config = replace(
-            self._config, space=self.paths.root, token=token, timeout_s=timeout_s
+            self._config,
+            space=self.paths.root,
+            token=token,
+            timeout_s=timeout_s,
+            compiled=self._plan.compiles,
         )
         try:
             part = self._counter.part

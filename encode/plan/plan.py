@@ -31,6 +31,12 @@ from encode.plan.tasks import Hosts, MissingFiles, Recognised, Tasks, spread
 from encode.worker.local_files import Identifier, Identity
 from encode.worker.messages import SourceTask
 
+WORTH_INPUTS = 500
+"""Encoder inputs from which on a job resizes by compiled loops. They save 8 ms of a core each; to load them
+takes all processes together 2 s of a core (docs/BENCHMARKS.md)."""
+FRAMES_A_VIDEO = 16
+"""Encoder inputs for which a video counts there."""
+
 OVERHEAD_BYTES = 156
 """Bytes of a row beside its slot: its index entry, and its lines in the commit and in the media table."""
 
@@ -78,6 +84,11 @@ class Plan:
     def rows(self) -> int:
         """Largest number of new rows in all arrays together."""
         return sum(self.new_rows.values())
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there is so much to resize that compiled loops are worth it."""
+        return len(self.todo) + (FRAMES_A_VIDEO - 1) * self.videos >= WORTH_INPUTS
 
     def bytes_needed(self, spec: FeatureSpec) -> int:
         """Return the largest number of bytes that the new rows need on the disk."""

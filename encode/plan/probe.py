@@ -158,7 +158,8 @@ def probe(
         asked = [task for task in web if task.source not in there]
         downloads, bodies = _download(asked, download, Path(folder))
         files = [*local, *(body for _, body in kept), *bodies]
-        kinds, share = _decode(files, spec, max_frames, nice)
+        fit = InputFit.of(spec, compiled=plan.compiles)
+        kinds, share = _decode(files, fit, max_frames, nice)
         return Probe(
             kinds=kinds,
             share=share,
@@ -255,12 +256,12 @@ def _bodies(
 
 
 def _decode(
-    tasks: Sequence[SourceTask], spec: FeatureSpec, max_frames: int, nice: int = 0
+    tasks: Sequence[SourceTask], fit: InputFit, max_frames: int, nice: int = 0
 ) -> tuple[dict[str, KindCost], float]:
     """Read and decode files; return the cost of each kind, and the share of a core that was used."""
     request = Request(
         items=[(task.source, task.kind) for task in tasks],
-        fit=InputFit.of(spec),
+        fit=fit,
         max_frames=max_frames,
         stop_s=DECODE_S,
         nice=nice,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cache.format.frame_sampling import sample_times
+from configs.hardware import keep_memory
 from encode.worker.local_files import read_local
 from encode.worker.messages import SourceTask
 from model.media.fit import InputFit
@@ -77,6 +78,7 @@ class _Clock:
 
 def probe_items(request: Request) -> Iterator[Item]:
     """Yield what each item cost, in order, until the time is up."""
+    request.fit.compile()
     deadline = time.monotonic() + request.stop_s
     for number, (source, kind) in enumerate(request.items):
         if time.monotonic() > deadline:
@@ -120,6 +122,7 @@ def _probe(number: int, task: SourceTask, request: Request) -> Item:
 def main() -> None:
     """Answer the request on the standard input."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    keep_memory()
     with contextlib.suppress(OSError):
         os.nice(request.nice)
     for item in probe_items(request):

@@ -46,6 +46,8 @@ class WorkerConfig:
     """Threads for reading, and as many for decoding."""
     decode_apart: bool = False
     """Whether each decoding thread lets a process of its own decode."""
+    compiled: bool = False
+    """Whether compiled loops resize: see `InputFit`."""
     timeout_s: float = 120.0
     """Seconds without progress after which a process that decodes counts as hanging."""
     torch_threads: int | None = None

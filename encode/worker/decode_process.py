@@ -10,7 +10,7 @@
 `encode.worker.decoders` starts the process and talks to it through a socket; pixels are in memory that both
 share. A message is its length in 4 bytes and msgpack. The process decodes what strangers made, so the other
 side checks the types of its answers and unpickles nothing. This module imports no torch: the process takes
-0.3 s to start and 50 MB.
+0.3 s to start and 60 MB; with compiled loops 0.6 s and 190 MB, of which other processes share a part.
 """
 
 from __future__ import annotations
@@ -438,4 +438,5 @@ def main(parent: int, socket_fd: int, memory_fd: int) -> None:
         assert isinstance(setup, Setup), setup
         with contextlib.suppress(OSError):  # then it competes with the encoder
             os.nice(setup.nice)
+        setup.fit.compile()
         Server(channel, setup, mmap.mmap(memory_fd, SLOTS * setup.slot_bytes)).run()

@@ -183,7 +183,7 @@ def setup_for(config: WorkerConfig, spec: FeatureSpec, device: str) -> Setup | N
     """
     if not config.decode_apart:
         return None
-    return Setup(fit=InputFit.of(spec), nice=niceness(device))
+    return Setup(fit=InputFit.of(spec, compiled=config.compiled), nice=niceness(device))
 
 
 class Decoders:

@@ -75,6 +75,9 @@ class Worker:
         self._lease = WorkerLease(paths, config.token, str(number))
         self._lease.__enter__()
         self._encoder, self._coordinator, self._number = encoder, coordinator, number
+        self._fit = replace(encoder.input, compiled=config.compiled)
+        if not config.decode_apart:
+            self._fit.compile()
         self._batch_size = spec.batch_size
         # Decoded ahead: a second batch while one is encoded, and enough to keep all threads busy: of what a
         # process decodes together, one bunch at work and one that waits.
@@ -167,11 +170,11 @@ class Worker:
 
     def decode(self, data: bytes) -> DecodedImage:
         """Decode an image, in a thread. Tests override it."""
-        return self._encoder.decode(data)
+        return self._fit.decode(data)
 
     def prepare(self, image: Image.Image | DecodedImage) -> Pixels:
         """Return the encoder input (S, S, 3) of an image."""
-        return self._encoder.prepare(image)
+        return self._fit.prepare(image)
 
     def our_error(self, error: Exception) -> str:
         """Return an error in one line that begins with the space's name, since it applies to no other."""

@@ -4,23 +4,30 @@
     square = fit.prepare(fit.decode(data))                       # (S, S, 3) uint8
     square = fit_image(image, 336, "squash", mean=CLIP_MEAN)     # of any RGB image
 
-Bicubic with antialiasing. A reduced image has a part of a pixel too much along a side that is no multiple of
-its scale; `Reduced.box` says where, and it is left out here, so that things are where they are in the whole
-image.
+Bicubic with antialiasing, by Pillow, or by the loops of compiled_resize.py, whose pixels are the same. A
+reduced image has a part of a pixel too much along a side that is no multiple of its scale; `Reduced.box` says
+where, and it is left out here, so that things are where they are in the whole image.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image
 
 from cache.format.spec import SHORTER_SIDE, FeatureSpec
-from model.media.images import MAX_PIXELS, DecodedImage, Reduced, decode_noted
+from model.media.images import MAX_PIXELS, STRIP_PIXELS, DecodedImage, Reduced, decode_noted
+
+log = logging.getLogger(__name__)
 
 RESIZE = "pillow:bicubic"
 """Library and filter of the resize, as specs name them."""
@@ -30,6 +37,11 @@ SCALES = (8, 4, 2)
 """What the sides of a JPEG may be divided by while it is decoded: those of libjpeg that Pillow offers."""
 SPARE = 2
 """A reduced JPEG has at least this many pixels for one of the input, along the side that decides."""
+
+WHOLE_PIXELS = 1 << 22
+"""Pixels of the largest image that becomes an array at once. Larger ones are in several pieces in Pillow."""
+MOST_COMPILED = math.isqrt(MAX_PIXELS)
+"""Longest side, pixels, of an image that compiled loops resize. `pad` shrinks longer ones first."""
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -49,17 +61,25 @@ class InputFit:
     """With `crop`, pixels of the shorter side before the square is cut out; else `size`."""
     reduces: bool = False
     """Whether JPEGs far larger than the input are decoded at a reduced scale: `decode: reduced` of a spec."""
+    compiled: bool = False
+    """Whether compiled loops resize, where numba is there. The pixels are the same. See `compile`."""
 
     @staticmethod
-    def of(spec: FeatureSpec) -> InputFit:
-        """Return how the images of a space were decoded and fitted."""
+    def of(spec: FeatureSpec, *, compiled: bool = False) -> InputFit:
+        """Return how the images of a space were decoded and fitted; `compiled`: that many will be."""
         return InputFit(
             size=spec.image_size,
             fit=spec.fit,
             mean=spec.mean,
             shorter_side=spec.shorter_side,
             reduces=spec.decode == "reduced",
+            compiled=compiled,
         )
+
+    def compile(self) -> None:
+        """Load what `prepare` needs. The loops take 0.3 s, and 4 s if nobody has compiled them here."""
+        if self.compiled:
+            _loops()
 
     def decode(self, data: bytes) -> DecodedImage:
         """Decode an image, at a reduced scale if that is asked for and it is large enough.
@@ -73,7 +93,13 @@ class InputFit:
         """Return the input of an image, (S, S, 3) uint8."""
         decoded = image if isinstance(image, DecodedImage) else DecodedImage(image)
         return fit_image(
-            decoded.image, self.size, self.fit, self.mean, self.shorter_side, decoded.reduced
+            decoded.image,
+            self.size,
+            self.fit,
+            self.mean,
+            self.shorter_side,
+            decoded.reduced,
+            compiled=self.compiled,
         )
 
     def scale(self, width: int, height: int) -> int:
@@ -98,6 +124,8 @@ def fit_image(
     mean: Sequence[float],
     shorter_side: int | None = None,
     reduced: Reduced | None = None,
+    *,
+    compiled: bool = False,
 ) -> Pixels:
     """Resize an RGB image to the encoder's square input, (size, size, 3) uint8.
 
@@ -109,15 +137,22 @@ def fit_image(
         mean: the encoder's mean colour in [0, 1].
         shorter_side: with `crop`, pixels of the shorter side before the square is cut out; None: `size`.
         reduced: how the image was reduced when it was decoded; None: it is whole.
+        compiled: whether compiled loops resize.
     """
     if fit == "crop":
-        return _crop(image, size, shorter_side or size, reduced)
+        return _crop(image, size, shorter_side or size, reduced, compiled)
     box = None if reduced is None else reduced.box
     if fit == "pad":
-        image, box = _pad(image, size, mean, reduced)
+        # int(), as Hugging Face's LlavaImageProcessor does, with which the result agrees within one level.
+        red, green, blue = (int(value * 255) for value in mean)
+        if reduced is None and compiled and (loops := _loops_for(image)) is not None:
+            pixels = _pixels(image)
+            canvas = loops.Canvas.square(pixels, (red, green, blue))
+            return loops.resize(pixels, (size, size), canvas=canvas)
+        image, box = _pad(image, size, (red, green, blue), reduced)
     elif fit != "squash":
         raise ValueError(f"fit {fit!r} is none of squash, pad, crop")
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box), dtype=np.uint8)
+    return _resize(image, (size, size), box, compiled)
 
 
 def resize_text(fit: str, shorter_side: int) -> str:
@@ -125,7 +160,69 @@ def resize_text(fit: str, shorter_side: int) -> str:
     return RESIZE + (f"{SHORTER_SIDE}{shorter_side}" if fit == "crop" else "")
 
 
-def _crop(image: Image.Image, size: int, shorter_side: int, reduced: Reduced | None) -> Pixels:
+def _resize(image: Image.Image, size: tuple[int, int], box: Box | None, compiled: bool) -> Pixels:
+    if compiled and _rows_first(image.size, size) and (loops := _loops_for(image)) is not None:
+        return loops.resize(_pixels(image), size, box)
+    return np.array(image.resize(size, Image.Resampling.BICUBIC, box), dtype=np.uint8)
+
+
+def _rows_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Whether every version of Pillow resizes rows first, as compiled loops do.
+
+    Pillow 13 begins with columns where they lose more than twice as many pixels as the rows (Resample.c), and
+    so rounds other values.
+    """
+    width, height = (old - new for old, new in zip(before, after, strict=True))
+    return height <= max(0, 2 * width)
+
+
+def _loops_for(image: Image.Image) -> ModuleType | None:
+    return _loops() if max(image.size) <= MOST_COMPILED else None
+
+
+@functools.cache
+def _loops() -> ModuleType | None:
+    """Return compiled_resize.py, compiled; None where it cannot be used."""
+    try:
+        from model.media import compiled_resize
+    except ImportError:  # numba is not there for every Python
+        return None
+    noise = np.random.default_rng(0).integers(0, 256, (47, 61, 3), np.uint8)
+    box, size = (3.5, 2.0, 60.25, 47.0), (29, 31)
+    wanted = np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC, box))
+    if not np.array_equal(compiled_resize.resize(noise, size, box), wanted):
+        kept = Path(__file__).parent / "__pycache__"
+        log.warning(
+            "loops compiled by numba resize to other pixels than Pillow, and are not used; to compile them "
+            "again: rm %s/compiled_resize.*.nb*",
+            kept,
+        )
+        return None
+    return compiled_resize
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    """Return an RGB image as an array (height, width, 3), or (height, width, 4) with a last value to ignore.
+
+    That takes one copy, or none: Pillow's own memory is an Arrow array if it is in one piece.
+    """
+    width, height = image.size
+    if width * height <= WHOLE_PIXELS:
+        try:
+            return np.asarray(pa.array(image).flatten()).reshape(height, width, 4)
+        except ValueError:  # it is in several pieces
+            return np.asarray(image)
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return pixels
+
+
+def _crop(
+    image: Image.Image, size: int, shorter_side: int, reduced: Reduced | None, compiled: bool
+) -> Pixels:
     """Resize an image until its shorter side has `shorter_side` pixels, and cut out the middle.
 
     Sizes and offsets are rounded as in transformers' image processors, so the pixels are theirs.
@@ -142,14 +239,14 @@ def _crop(image: Image.Image, size: int, shorter_side: int, reduced: Reduced | N
     width, height = new if width <= height else new[::-1]
     left, top = (width - size) // 2, (height - size) // 2
     whole = None if reduced is None else reduced.box
-    resized = image.resize((width, height), Image.Resampling.BICUBIC, whole)
-    return np.array(resized.crop((left, top, left + size, top + size)), dtype=np.uint8)
+    resized = _resize(image, (width, height), whole, compiled)
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])
 
 
 def _pad(
-    image: Image.Image, size: int, mean: Sequence[float], reduced: Reduced | None
+    image: Image.Image, size: int, colour: tuple[int, int, int], reduced: Reduced | None
 ) -> tuple[Image.Image, Box | None]:
-    """Return `image` centred on a square of the mean colour, and the part of it to resize; None: all."""
+    """Return `image` centred on a square of one colour, and the part of it to resize; None: all."""
     by = 1 if reduced is None else reduced.by
     whole = image.size if reduced is None else reduced.size
     side = -(-max(whole) // by)
@@ -161,10 +258,8 @@ def _pad(
         box = None if reduced is None else reduced.box
         image = image.resize((width, height), Image.Resampling.BICUBIC, box)
         side, reduced = max(width, height), None
-    # int(), as Hugging Face's LlavaImageProcessor does, with which the result agrees within one 8-bit level.
-    red, green, blue = (int(value * 255) for value in mean)
     if reduced is None:
-        square = Image.new("RGB", (side, side), (red, green, blue))
+        square = Image.new("RGB", (side, side), colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square, None
     # The margins of the whole image, in pixels of the reduced one, which is pasted at the next whole pixel.
@@ -177,8 +272,8 @@ def _pad(
     )
     right, bottom = left + max(whole) / by, top + max(whole) / by
     # Where there is no margin nothing may follow: the resize would mix it into the edge of the image.
-    square = Image.new("RGB", (math.ceil(right), math.ceil(bottom)), (red, green, blue))
-    square.paste(_faded(image, reduced.box, before, behind, (red, green, blue)), (at[0], at[1]))
+    square = Image.new("RGB", (math.ceil(right), math.ceil(bottom)), colour)
+    square.paste(_faded(image, reduced.box, before, behind, colour), (at[0], at[1]))
     return square, (left, top, right, bottom)
 
 

@@ -254,7 +254,8 @@ def _decode(data: bytes, scale_of: ScaleOf | None) -> DecodedImage:
         orientation = _orientation(image)
         turn = _UPRIGHT.get(orientation)
         rgb = _to_rgb(image)
-        image.close()  # leaving the block closes its file alone; its pixels would stay until the end
+        if rgb is not image:
+            image.close()  # leaving the block closes its file alone; its pixels would stay until the end
     reduced = _reduced(whole, by, orientation) if by > 1 else None
     return DecodedImage(rgb if turn is None else rgb.transpose(turn), reduced=reduced)
 
@@ -364,6 +365,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _by_strips(image, _grey_from_wide)
     if image.has_transparency_data:
         return _by_strips(image, lambda strip: on_white(strip.convert("RGBA")))
+    if image.mode == "RGB" and image.format == "JPEG":
+        return image  # without a copy; those of other formats hold a decoder, or more of the file
     return image.convert("RGB")
 
 

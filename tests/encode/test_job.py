@@ -35,6 +35,7 @@ from encode.errors import TooManyFailuresError
 from encode.plan.probe import Probe
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
+from model.media import fit
 from model.media.images import DecodedImage, decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
 from tests.configs.screen import Terminal
@@ -425,6 +426,28 @@ def test_decoding_runs_in_threads_that_end_with_the_job(job: Encode) -> None:
     job(worker_class=Watched)
     assert threads == {"decode"}
     assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "read", "write"))]
+
+
+def test_a_job_of_many_images_resizes_by_compiled_loops_to_the_same_rows(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    fit_image = fit.fit_image
+
+    def recorded(*args: Any, compiled: bool) -> Any:
+        asked.append(compiled)
+        return fit_image(*args, compiled=compiled)
+
+    monkeypatch.setattr(fit, "fit_image", recorded)
+    hashes = set()
+    for worth, decode_apart in ((14, False), (14, True), (15, False)):
+        monkeypatch.setattr("encode.plan.plan.WORTH_INPUTS", worth)
+        cache = tmp_path / f"{worth}-{decode_apart}"
+        result = encode(cache, f"folder:{photos}", decode_apart=decode_apart)
+        assert result.reader.rows("image") == 14
+        hashes.add(result.reader.logical_hash())
+    assert len(hashes) == 1
+    assert asked == [True] * 14 + [False] * 14, "processes do not resize here"
 
 
 def test_a_job_probes_few_of_its_files_and_a_plan_alone_more(

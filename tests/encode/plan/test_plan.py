@@ -99,6 +99,14 @@ def test_each_source_is_counted_once(image: Path) -> None:
     assert sorted_as(plan_of(image, known(image), KEY, rehash=True)) == "todo"
 
 
+def test_many_inputs_are_worth_compiled_loops() -> None:
+    some = [SourceTask(source=str(number)) for number in range(500)]
+    assert Plan(todo=some).compiles
+    assert not Plan(todo=some[1:]).compiles
+    assert Plan(todo=some[:32], videos=32).compiles, "a video counts as 16 frames"
+    assert not Plan(todo=some[:31], videos=31).compiles
+
+
 def test_notes_of_reused_media_are_counted(image: Path) -> None:
     noted = known(image, note="ends early: 1.0 s of 2.0 s; HDR (PQ), shown")
     assert plan_of(image, noted, KEY).notes == {"ends early": 1, "HDR": 1}

@@ -60,11 +60,27 @@ def test_items_say_what_they_cost(photo: Path, tmp_path: Path) -> None:
 
 def test_the_length_of_a_video_says_how_many_frames_it_has(tmp_path: Path) -> None:
     tasks = [SourceTask(source=str(PHONE), kind="video")]
-    kinds, share = probe_module._decode(tasks, SPEC, 128)
+    kinds, share = probe_module._decode(tasks, InputFit.of(SPEC), 128)
     assert 0 < share <= 1
     assert kinds["video"].durations == pytest.approx((119 / 29.97,), rel=0.01)
     assert kinds["video"].rows(128) == 9  # two a second, and the last one
     assert kinds["video"].rows(4) == 4
+
+
+def test_many_sources_are_resized_as_the_job_will(
+    photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def recorded(request: Request) -> list[object]:
+        asked.append(request.fit.compiled)
+        return []
+
+    monkeypatch.setattr(probe_module, "run", recorded)
+    task = SourceTask(source=str(photo))
+    for count in (499, 500):
+        probe(Plan(todo=[task] * count), SPEC, max_frames=8, download=WEB)
+    assert asked == [False, True]
 
 
 KILLER = """

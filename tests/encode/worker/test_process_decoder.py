@@ -127,7 +127,8 @@ def outcome(decoder: Decoder, item: MediaItem) -> object:
         return needed, error.failure
 
 
-def test_a_process_gives_what_a_thread_gives(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_process_gives_what_a_thread_gives(compiled: bool, start: Start, tmp_path: Path) -> None:
     files = image_files()
     files["cut"] = files["jpeg"][:-2]
     files["damaged"] = files["png"][: len(files["png"]) // 2]
@@ -138,7 +139,7 @@ def test_a_process_gives_what_a_thread_gives(start: Start, tmp_path: Path) -> No
     path.write_bytes(video)
     items = [item_of(data) for data in files.values()]
     items += [item_of(video, "video"), item_of(path, "video"), item_of(b"text", "video")]
-    process = start()
+    process = start(setup=Setup(fit=replace(FIT, compiled=compiled)))
     thread = ThreadDecoder(FIT.decode, FIT.prepare)
     for item in items:
         assert outcome(process, item) == outcome(thread, item)
@@ -158,6 +159,8 @@ def test_the_encoder_input_is_that_of_the_encoder() -> None:
         setup = setup_for(config, encoder.spec("int8"), "cpu")
         assert setup is not None and setup.nice == 0
         assert setup.fit == encoder.input
+        many = setup_for(replace(config, compiled=True), encoder.spec("int8"), "cpu")
+        assert many is not None and many.fit == replace(encoder.input, compiled=True)
     assert setup_for(CONFIG, encoder.spec("int8"), "cpu") is None
 
 
