@@ -10,6 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -22,11 +23,13 @@ from cache.store.paths import CacheRoot
 from cache.store.space import Space
 from cache.store.writer import NewRow, ShardWriter
 from encode.driver import resources
+from encode.plan import plan
+from encode.plan.probe import run
+from encode.plan.probe_items import Request
 from encode.run import main as encode_run
 from encode.worker.config import WorkerConfig
 from encode.worker.local_files import read_local
 from encode.worker.messages import SourceTask
-from model.media.images import decode_image
 from model.quantize import pack
 from model.vision.config import EncoderConfig
 from model.vision.encoder import VisionEncoder
@@ -159,8 +162,11 @@ class Jobs:
 
 @contextlib.contextmanager
 def long_jobs() -> Iterator[None]:
-    """Let short jobs decode as long ones do: the slope between two jobs is that of one way."""
-    with mock.patch.object(resources, "DECODE_APART_S", 0.0):
+    """Let short jobs decode and resize as long ones do: the slope between two jobs is that of one way."""
+    with (
+        mock.patch.object(resources, "DECODE_APART_S", 0.0),
+        mock.patch.object(plan, "WORTH_INPUTS", 0),
+    ):
         yield
 
 
@@ -175,16 +181,32 @@ def encode_seconds(encoder: VisionEncoder, batches: int) -> float:
     return statistics.median(taken) / spec.batch_size
 
 
-def decode_cpu_s(encoder: VisionEncoder, paths: Sequence[Path]) -> float:
+def decode_cpu_s(encoder: VisionEncoder, paths: Sequence[Path], *, compiled: bool = True) -> float:
     """Return the processor time of an image to read, hash, decode and fit it, in one thread."""
+    fit = replace(encoder.input, compiled=compiled)
+    fit.compile()
 
     def work() -> None:
         for path in paths:
             data, _ = read_local(SourceTask(source=str(path)))
             assert isinstance(data, bytes)
-            encoder.prepare(decode_image(data))
+            fit.prepare(fit.decode(data))
 
     return seconds(work, time.process_time) / len(paths)
+
+
+def decoders_alone(encoder: VisionEncoder, paths: Sequence[Path]) -> Speed:
+    """Return how fast a process a core, all at once, reads, hashes, decodes and fits images."""
+    cores, fit = resources.cores(), replace(encoder.input, compiled=True)
+
+    def work(core: int) -> float:
+        items = [(str(path), "image") for path in paths[core::cores]]
+        request = Request(items=items, fit=fit, max_frames=1, stop_s=3600.0)
+        return sum(item.cpu_s for item in run(request))
+
+    with ThreadPoolExecutor(cores) as threads:
+        cpu_s = sum(threads.map(work, range(cores)))
+    return Speed(image_s=cpu_s / cores / len(paths), start_s=0.0)
 
 
 def store_cpu_s(encoder: VisionEncoder, folder: Path, batches: int) -> float:
