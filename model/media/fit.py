@@ -25,7 +25,15 @@ import pyarrow as pa
 from PIL import Image
 
 from cache.format.spec import SHORTER_SIDE, FeatureSpec
-from model.media.images import MAX_PIXELS, STRIP_PIXELS, DecodedImage, Reduced, decode_noted
+from configs import one_line
+from model.media.images import (
+    MAX_PIXELS,
+    MAX_REASON,
+    STRIP_PIXELS,
+    DecodedImage,
+    Reduced,
+    decode_noted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -183,18 +191,24 @@ def _loops_for(image: Image.Image) -> ModuleType | None:
 @functools.cache
 def _loops() -> ModuleType | None:
     """Return compiled_resize.py, compiled; None where it cannot be used."""
-    try:
-        from model.media import compiled_resize
-    except ImportError:  # numba is not there for every Python
-        return None
     noise = np.random.default_rng(0).integers(0, 256, (47, 61, 3), np.uint8)
     box, size = (3.5, 2.0, 60.25, 47.0), (29, 31)
     wanted = np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC, box))
-    if not np.array_equal(compiled_resize.resize(noise, size, box), wanted):
+    try:
+        from model.media import compiled_resize
+
+        found = compiled_resize.resize(noise, size, box)
+        why = "" if np.array_equal(found, wanted) else "they give other pixels"
+    except ImportError:  # numba is not there for every Python
+        return None
+    except Exception as error:  # of a compiler, or of what it has kept; Pillow needs neither
+        why = one_line(error, MAX_REASON)
+    if why:
         kept = Path(__file__).parent / "__pycache__"
         log.warning(
-            "loops compiled by numba resize to other pixels than Pillow, and are not used; to compile them "
-            "again: rm %s/compiled_resize.*.nb*",
+            "Pillow resizes, which takes longer, since the loops of numba do not work: %s; to compile them "
+            "again: rm -f %s/compiled_resize.*.nb*",
+            why,
             kept,
         )
         return None

@@ -141,9 +141,9 @@ def test_large_images_become_arrays_strip_by_strip(monkeypatch: pytest.MonkeyPat
 
 def test_the_loops_are_what_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an image that is not too long, by compiled fits alone."""
+    assert fit_module._loops() is compiled_resize, "numba works here"
     wrong = np.zeros((28, 28, 3), np.uint8)
     monkeypatch.setattr(compiled_resize, "resize", lambda *_, **__: wrong)
-    fit_module._loops()
     white = Image.new("RGB", (40, 30), "white")
     strip = Image.new("RGB", (fit_module.MOST_COMPILED + 1, 1), "white")
     for fit in ("squash", "pad"):
@@ -153,17 +153,24 @@ def test_the_loops_are_what_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_loops_yet")
-def test_pillow_resizes_where_the_loops_give_other_pixels(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("loops", "says"),
+    [
+        (Mock(return_value=np.zeros((31, 29, 3), np.uint8)), "they give other pixels"),
+        (Mock(side_effect=RuntimeError("no such\nprocessor")), "no such processor"),
+    ],
+)
+def test_pillow_resizes_where_the_loops_do_not_work(
+    loops: Mock, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiled_resize, "resize", lambda *_, **__: np.zeros((31, 29, 3), np.uint8))
+    monkeypatch.setattr(compiled_resize, "resize", loops)
     white = Image.new("RGB", (40, 30), "white")
     with caplog.at_level(logging.WARNING):
         fit = InputFit(size=28, fit="squash", mean=MEAN, shorter_side=28, compiled=True)
         fit.compile()
         assert (fit.prepare(white) == 255).all()
     [warning] = caplog.messages
-    assert "rm " in warning and "compiled_resize" in warning
+    assert says in warning and "rm -f " in warning and "compiled_resize" in warning
 
 
 @pytest.mark.usefixtures("no_loops_yet")
